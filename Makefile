@@ -1,0 +1,76 @@
+# Everything that people and CI run. `make` alone says what there is.
+#
+# The environment is `.venv` here, built from requirements.lock by plain pip; every target that needs it builds it.
+# With an environment of your own: make VENV=/path/to/venv ...
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup lock check format test demo up bench bench-stream clean
+
+VENV ?= .venv
+STAMP := $(VENV)/.headrace-setup
+BIN := $(VENV)/bin
+PYTHON := $(BIN)/python
+export PYTHONUNBUFFERED := 1
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## build .venv from requirements.lock (done by every other target as needed)
+
+$(STAMP): requirements.lock pyproject.toml
+	@found=; \
+	for candidate in $${HEADRACE_PYTHON:-python3.12 python3.11 python3}; do \
+	    if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then \
+	        found="$$candidate"; break; \
+	    fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "make setup: no Python 3.11 or 3.12 with venv was found. Install one (Debian: apt-get install python3 python3-venv)" \
+	        "or name it: make setup HEADRACE_PYTHON=/path/to/python3.12" >&2; exit 1; \
+	fi; \
+	echo "make setup: $(VENV) from $$("$$found" --version), once; this takes a minute or two"; \
+	"$$found" -m venv --clear $(VENV)
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+LOCK_OPTIONS := --extra adbc --extra postgres --universal --python-version 3.11 --generate-hashes --no-header \
+    --no-emit-index-url --annotation-style line --quiet
+
+lock: ## resolve both locks anew from pyproject.toml, after a change there (needs uv)
+	uv pip compile pyproject.toml --group dev $(LOCK_OPTIONS) --output-file requirements.lock
+	uv pip compile pyproject.toml --constraints requirements.lock $(LOCK_OPTIONS) --output-file requirements-runtime.lock
+
+check: setup ## formatting, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+format: setup ## format the code and apply the linter's safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: setup ## all tests, on real servers (options: make test ARGS="-k ledger")
+	$(PYTHON) -m pytest $(ARGS)
+
+demo: setup ## the whole path once: broker, database, worker, batch chain, then a table that says whether all agrees
+	@$(PYTHON) -m demo.run
+
+up: setup ## the same, and stay: Luigi on 8082, worker pages on 6066, feast ui on 8888
+	@$(PYTHON) -m demo.up
+
+bench: setup ## the benchmark, short
+	$(PYTHON) -m benchmarks.stream --events 100000 --peer-events 10000
+
+bench-stream: setup ## the benchmark of the stream in full: a million events
+	$(PYTHON) -m benchmarks.stream
+
+clean: ## remove the environment, the caches and what the demonstration wrote
+	rm -rf .venv .cache data build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf *.egg-info streaming-data
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

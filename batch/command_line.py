@@ -1,0 +1,70 @@
+"""What Luigi leaves to its user: an orderly end, true exit codes, and errors in one line."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+from luigi.configuration import get_config
+from luigi.parameter import UnconsumedParameterWarning
+
+from headrace.errors import HeadraceError
+
+DEFAULTS = {
+    "retcode": {
+        "already_running": "10",
+        "missing_data": "20",
+        "not_run": "25",
+        "task_failed": "30",
+        "scheduling_error": "35",
+        "unhandled_exception": "40",
+    },
+    "worker": {"check_complete_on_run": "true", "force_multiprocessing": "true", "keep_alive": "true"},
+    "scheduler": {"prune_on_get_work": "true", "retry_count": "3", "retry_delay": "60"},
+    "core": {"log_level": "INFO"},
+}
+"""What the chain cannot do without, for a folder that has no `luigi.cfg`; a `luigi.cfg` wins. With Luigi's
+own defaults a failed task exits 0, and with `keep_alive` it is tried again for ever."""
+
+_TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n.*", re.DOTALL)
+_OURS = re.compile(r"^headrace\.errors\.\w+: (?P<message>.*)\Z", re.DOTALL | re.MULTILINE)
+
+
+def prepare() -> None:
+    """Set up this process if it is a `luigi` command, and leave any other alone."""
+    if not {"luigi", "luigi.py"} & set(Path(sys.argv[0]).parts[-2:]):
+        return
+    config = get_config()
+    for section, options in DEFAULTS.items():
+        for option, value in options.items():
+            if not config.has_option(section, option):
+                config.set(section, option, value)
+    # It is raised for options of [core] that Luigi itself documents.
+    warnings.simplefilter("ignore", UnconsumedParameterWarning)
+    logging.getLogger("luigi-interface").addFilter(one_line)
+    if threading.current_thread() is threading.main_thread():
+        # As Ctrl-C: Luigi ends its children and every `finally` runs. By default the running task would be
+        # orphaned.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def one_line(record: logging.LogRecord) -> bool:
+    """Replace the traceback of an error that Headrace raised on purpose by its message."""
+    error = record.exc_info[1] if record.exc_info is not None else None
+    if isinstance(error, HeadraceError):
+        record.msg = f"{record.getMessage()}: {error}"
+        record.args = None
+        record.exc_info = None
+        record.exc_text = None
+        return True
+    text = record.getMessage()
+    found = _OURS.search(text)
+    if found is not None and _TRACEBACK.search(text):
+        record.msg = _TRACEBACK.sub("", text).rstrip() + " " + found["message"].strip()
+        record.args = None
+    return True

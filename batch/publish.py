@@ -1,0 +1,63 @@
+"""Publish a clean day in the offline store."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batch.folder import DayFolder, staged
+from headrace.chains import day_files, replace_day
+from headrace.contract import ViewContract
+
+
+def publish(contract: ViewContract, day: date, folder: DayFolder, clean: dict[str, Any]) -> dict[str, Any]:
+    """Make `kept.parquet` the day's snapshot, unless the present one has the same content.
+
+    The rows that the former snapshot had and this one lacks go to `withdrawn.parquet` first, so a crash in
+    between
+    loses none: the repeat finds the snapshot published and leaves the list as it is. A day without rows
+    that was never published stays so. Idempotent; one caller a day at a time.
+
+    Returns:
+        What the receipt shall say.
+    """
+    table = pq.read_table(folder.kept, schema=contract.schema)
+    present = day_files(contract).get(day)
+    changed = present.content_hash != clean["content_hash"] if present is not None else table.num_rows > 0
+    if changed and present is not None:
+        _withdraw(present.path, folder)
+    if changed:
+        footer = {"read_us": clean["read_us"], "transform": clean["transform"], "inputs": clean["inputs"]}
+        present = replace_day(contract, day, table, footer=footer)
+    times = pc.min_max(table.column(contract.timestamp_field)).as_py()
+    return {
+        "rows": table.num_rows,
+        "min_event_time": times["min"],
+        "max_event_time": times["max"],
+        "changed": changed,
+        "content_hash": clean["content_hash"],
+        "file": None if present is None else present.path.name,
+        "withdrawn": pq.read_metadata(folder.withdrawn).num_rows if folder.withdrawn.exists() else 0,
+        "inputs": clean["inputs"],
+    }
+
+
+def _withdraw(former: Any, folder: DayFolder) -> None:
+    """Write the rows of the former snapshot that the new one lacks, if any. Equal rows count one by one."""
+    connection = duckdb.connect()
+    try:
+        gone: pa.Table = connection.sql(
+            "SELECT * FROM read_parquet(?, hive_partitioning = false) "
+            "EXCEPT ALL SELECT * FROM read_parquet(?, hive_partitioning = false)",
+            params=[str(former), str(folder.kept)],
+        ).to_arrow_table()
+    finally:
+        connection.close()
+    if gone.num_rows:
+        with staged(folder.withdrawn) as path:
+            pq.write_table(gone.cast(pq.read_schema(folder.kept)), path, compression="zstd")

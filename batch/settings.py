@@ -1,0 +1,60 @@
+"""The settings of the batch chain: `HEADRACE_*` variables or a `.env` file, read once a process."""
+
+from __future__ import annotations
+
+from datetime import date
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+
+from headrace.settings import Settings, load
+
+
+class BatchSettings(Settings):
+    """What the tasks need to know. None of it is a task parameter, so none of it reaches the scheduler.
+
+    Attributes:
+        source_url: the database, as a SQLAlchemy URL: `sqlite:///data/source.db` (relative to the working
+            directory).
+        batch_folder: raw and clean data, rejects, reports and receipts; relative to the feature repository,
+            like every
+            path of it, so that a copy of the repository has a chain of its own.
+        window: which day a row belongs to: the day on which it arrived (`created`), or that of its event
+            time.
+        reread_days: how many days before the requested one are read again with it.
+        start_date: the first day that is read again; nothing before it is caught up. None: no such bound.
+        max_reject_share: the gate closes when more than this share of the rows read was rejected.
+        allow_empty_day: whether the gate lets a day without any row pass.
+        max_future_s: how far an event may be dated ahead of the time when it was read.
+        chunk_rows: rows in memory at once while reading.
+        report_url: where `batch_folder` is served, for the links in the scheduler's pages; empty gives
+            `file:` links.
+    """
+
+    source_url: SecretStr | None = None
+    batch_folder: Path = Path("../data/batch")
+    window: Literal["arrival", "event"] = "arrival"
+    reread_days: int = Field(2, ge=0, le=31)
+    start_date: date | None = None
+    max_reject_share: float = Field(0.1, ge=0, le=1)
+    allow_empty_day: bool = True
+    max_future_s: float = Field(300, ge=0)
+    chunk_rows: int = Field(65_536, ge=1)
+    report_url: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """`batch_folder`, absolute."""
+        return (self.feature_repo.resolve() / self.batch_folder).resolve()
+
+
+@lru_cache(maxsize=1)
+def settings() -> BatchSettings:
+    """The settings of this process.
+
+    Raises:
+        ConfigError: names every variable that is wrong.
+    """
+    return load(BatchSettings)

@@ -1,0 +1,358 @@
+"""Make a table conform to its view: transform, cast, rules. The one place of it, for the stream and the batch chain.
+
+Everything is columnar: each check yields a mask of bad rows; only rejected rows become Python objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.contract import TIMESTAMP, Rule, Transform, ViewContract
+
+Rows = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+_ISO = (
+    r"^(?P<day>\d{4}-\d{2}-\d{2})[T ](?P<time>\d{2}:\d{2}:\d{2})(?P<fraction>\.\d{1,9})?"
+    r"(?P<zone>Z|z|[+-]\d{2}:?\d{2})?$"
+)
+_SHOWN_CHARACTERS = 60
+
+
+class Reason(StrEnum):
+    """Why a row was rejected."""
+
+    UNDECODABLE = "undecodable"
+    MISSING_FIELD = "missing_field"
+    WRONG_TYPE = "wrong_type"
+    NULL = "null"
+    OUT_OF_RANGE = "out_of_range"
+    BAD_TIMESTAMP = "bad_timestamp"
+    FUTURE_EVENT = "future_event"
+    TRANSFORM = "transform"
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that was turned away.
+
+    Attributes:
+        row: its index in the input.
+        field: the field at fault; None when it is the whole row.
+        message: expected and found, the value shortened.
+    """
+
+    row: int
+    reason: Reason
+    field: str | None
+    message: str
+
+
+@dataclass(frozen=True)
+class Conformed:
+    """The outcome. Every input row is in exactly one of the three.
+
+    Attributes:
+        table: the accepted rows in input order, in the contract's schema.
+        rows: the input index of each accepted row.
+        rejects: one per rejected row, its first fault, by row.
+        skipped: the input indices of rows that the transformation marked to be skipped.
+    """
+
+    table: pa.Table
+    rows: Rows
+    rejects: list[Reject]
+    skipped: Rows
+
+
+class _Faults:
+    """The first fault of each row; later ones of the same row are not kept."""
+
+    def __init__(self, rows: int) -> None:
+        self.bad: Mask = np.zeros(rows, dtype=bool)
+        self.found: list[Reject] = []
+
+    def add(self, mask: Mask, reason: Reason, field: str | None, message: Callable[[int], str]) -> None:
+        for row in np.flatnonzero(mask & ~self.bad):
+            self.found.append(Reject(int(row), reason, field, message(int(row))))
+        self.bad |= mask
+
+    def sorted(self) -> list[Reject]:
+        return sorted(self.found, key=lambda reject: reject.row)
+
+
+def conform(
+    contract: ViewContract,
+    table: pa.Table,
+    *,
+    now_us: int,
+    max_future_us: int | None,
+    transform: Transform | None = None,
+    rules: bool = True,
+) -> Conformed:
+    """Transform, cast and check the rows of a table. Pure. Bad data never raises.
+
+    Columns may be of the target type; of a wider numeric type (a fraction or an overflow is a fault); text for
+    timestamps (`YYYY-MM-DD HH:MM:SS` or ISO 8601 with fraction and offset; without an offset it is UTC; beyond
+    microseconds it is cut); timestamps of any unit and zone. A number is no timestamp, text is no number. Columns that
+    the view does not know are dropped, one that it wants and the table lacks is a fault of each row.
+
+    Args:
+        now_us: now, in microseconds since the epoch.
+        max_future_us: how far ahead of now an event may be dated, inclusive; None is unbounded.
+        rules: whether the tagged rules hold, those on nulls included. Feast's own writes know none.
+    """
+    rows = table.num_rows
+    faults = _Faults(rows)
+    skipped: Mask = np.zeros(rows, dtype=bool)
+    if transform is not None:
+        table, skipped = _transformed(table, transform, faults)
+    columns: list[pa.Array] = []
+    for field in contract.schema:
+        rule = contract.rule(field.name) if rules else Rule(field.name)
+        column = _cast(table, field, rule, faults)
+        _check_nulls(contract, column, field, rule, faults)
+        _check_rule(column, rule, faults)
+        columns.append(column)
+    if max_future_us is not None:
+        _check_future(contract, columns, now_us, max_future_us, faults)
+    keep: Rows = np.flatnonzero(~faults.bad & ~skipped).astype(np.int64)
+    out = pa.Table.from_arrays(columns, schema=contract.schema)
+    if len(keep) != rows:
+        out = out.take(pa.array(keep))
+    rejects = [reject for reject in faults.sorted() if not skipped[reject.row]]
+    return Conformed(out, keep, rejects, np.flatnonzero(skipped).astype(np.int64))
+
+
+def parse_timestamps(text: pa.Array) -> tuple[pa.Array, Mask]:
+    """Text to `timestamp[us, UTC]`; the mask tells which could not be read (they are null in the result).
+
+    Nulls stay null and are not marked. Accepts what `conform` says of text.
+    """
+    uniform = _parse_uniform(text)
+    if uniform is not None:
+        none: Mask = np.zeros(len(text), dtype=bool)
+        return uniform, none
+    parts = pc.extract_regex(text, _ISO)
+    shaped = parts.is_valid()
+    zone = pc.struct_field(parts, "zone")
+    zone = pc.if_else(pc.is_in(zone, pa.array(["", "z"])), "Z", zone)
+    fraction = pc.utf8_slice_codeunits(pc.struct_field(parts, "fraction"), 0, 7)
+    plain = pc.binary_join_element_wise(
+        pc.struct_field(parts, "day"), "T", pc.struct_field(parts, "time"), fraction, zone, ""
+    )
+    plain = pc.if_else(shaped, plain, pa.scalar(None, pa.string()))
+    parsed = _cast_or_null(plain, TIMESTAMP)
+    bad: Mask = _to_mask(pc.and_(text.is_valid(), pc.is_null(parsed)))
+    return parsed, bad
+
+
+def _parse_uniform(text: pa.Array) -> pa.Array | None:
+    """The fast path: all with a zone or all without, none shorter than to the second; else None.
+
+    Arrow's own parser takes dates and minutes too, which are no event times here, hence the look at the lengths.
+    """
+    shortest = pc.min(pc.binary_length(text)).as_py()
+    if shortest is None or shortest < len("2026-01-31 12:00:00"):
+        return None
+    try:
+        return pc.assume_timezone(text.cast(pa.timestamp("us")), "UTC")
+    except pa.ArrowInvalid:
+        pass
+    try:
+        return text.cast(TIMESTAMP)
+    except pa.ArrowInvalid:
+        return None
+
+
+def _transformed(table: pa.Table, transform: Transform, faults: _Faults) -> tuple[pa.Table, Mask]:
+    """The transformed table and the mask of rows to skip. A transformation that fails rejects every row."""
+    rows = table.num_rows
+    none: Mask = np.zeros(rows, dtype=bool)
+    try:
+        result = transform.function(table)
+        if result.num_rows != rows:
+            msg = f"returned {result.num_rows} rows for {rows}; it must keep rows and order"
+            raise ValueError(msg)
+    except Exception as error:  # noqa: BLE001 - user code: whatever it raises is a fault of the rows given to it
+        text = f"transformation {transform.name}: {type(error).__name__}: {error}"
+        faults.add(~none, Reason.TRANSFORM, None, lambda _: text)
+        return table, none
+    if Transform.SKIP_COLUMN not in result.column_names:
+        return result, none
+    marks = result.column(Transform.SKIP_COLUMN).combine_chunks().fill_null(False)
+    return result.drop_columns([Transform.SKIP_COLUMN]), _to_mask(marks)
+
+
+def _cast(table: pa.Table, field: pa.Field, rule: Rule, faults: _Faults) -> pa.Array:
+    """One column in its target type; rows that cannot be cast are faults and null."""
+    nulls = pa.nulls(table.num_rows, field.type)
+    if field.name not in table.column_names:
+        if rule.nullable is not True:
+            every: Mask = np.ones(table.num_rows, dtype=bool)
+            faults.add(every, Reason.MISSING_FIELD, field.name, lambda _: f"field `{field.name}` is missing")
+        return nulls
+    column = _one_chunk(table.column(field.name))
+    if column.type == field.type:
+        return column
+    if pa.types.is_null(column.type):
+        return nulls
+    if pa.types.is_timestamp(field.type):
+        return _cast_timestamp(column, field, faults)
+    if not _may_cast(column.type, field.type):
+        faults.add(
+            _to_mask(column.is_valid()), Reason.WRONG_TYPE, field.name, lambda row: _expected(field, column, row)
+        )
+        return nulls
+    result = _cast_or_null(column, field.type)
+    bad = _to_mask(pc.and_(column.is_valid(), result.is_null()))
+    if pa.types.is_floating(field.type) and pa.types.is_floating(column.type):
+        # A finite double that becomes an infinite float has not been stored but lost.
+        bad |= _to_mask(pc.and_(pc.is_finite(column), pc.invert(pc.is_finite(result))).fill_null(False))
+    if bad.any():
+        faults.add(bad, Reason.WRONG_TYPE, field.name, lambda row: _expected(field, column, row))
+    return result
+
+
+def _cast_timestamp(column: pa.Array, field: pa.Field, faults: _Faults) -> pa.Array:
+    if pa.types.is_timestamp(column.type):
+        if column.type.tz is None:
+            column = pc.assume_timezone(column, "UTC")
+        return column.cast(TIMESTAMP, safe=False)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        parsed, bad = parse_timestamps(column.cast(pa.string()))
+    else:
+        parsed, bad = pa.nulls(len(column), TIMESTAMP), _to_mask(column.is_valid())
+    faults.add(
+        bad,
+        Reason.BAD_TIMESTAMP,
+        field.name,
+        lambda row: (
+            f"field `{field.name}`: expected a time such as 2026-01-31 12:00:00 or 2026-01-31T12:00:00.5+01:00, "
+            f"found {_shown(column[row].as_py())}"
+        ),
+    )
+    return parsed
+
+
+def _may_cast(source: pa.DataType, target: pa.DataType) -> bool:
+    """Whether values of one type can stand for another: numbers for numbers, text for text, lists item by item."""
+    kinds: list[Callable[[pa.DataType], bool]] = [
+        lambda t: pa.types.is_integer(t) or pa.types.is_floating(t) or pa.types.is_decimal(t),
+        lambda t: pa.types.is_string(t) or pa.types.is_large_string(t),
+        lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t) or pa.types.is_fixed_size_binary(t),
+        pa.types.is_boolean,
+        pa.types.is_map,
+        pa.types.is_struct,
+    ]
+    if _is_list(source) and _is_list(target):
+        return pa.types.is_null(source.value_type) or _may_cast(source.value_type, target.value_type)
+    if pa.types.is_timestamp(source) and pa.types.is_timestamp(target):
+        return True
+    return any(kind(source) and kind(target) for kind in kinds)
+
+
+def _cast_or_null(column: pa.Array, target: pa.DataType) -> pa.Array:
+    """Cast; where the whole column cannot be cast, halve it until the bad values stand alone and become null."""
+    try:
+        return column.cast(target, safe=not _narrows_float(column.type, target))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        if len(column) <= 1:
+            return pa.nulls(len(column), target)
+        middle = len(column) // 2
+        return pa.concat_arrays([_cast_or_null(column[:middle], target), _cast_or_null(column[middle:], target)])
+
+
+def _narrows_float(source: pa.DataType, target: pa.DataType) -> bool:
+    """Rounding to a narrower float is what the view asks for, so a safe cast would be wrong there."""
+    numeric = pa.types.is_floating(source) or pa.types.is_integer(source)
+    return bool(numeric and pa.types.is_floating(target))
+
+
+def _check_nulls(contract: ViewContract, column: pa.Array, field: pa.Field, rule: Rule, faults: _Faults) -> None:
+    if column.null_count == 0:
+        return
+    if field.name in (*contract.join_keys, contract.timestamp_field) or rule.nullable is False:
+        faults.add(
+            _to_mask(column.is_null()), Reason.NULL, field.name, lambda _: f"field `{field.name}` must not be null"
+        )
+
+
+def _check_rule(column: pa.Array, rule: Rule, faults: _Faults) -> None:
+    good = None
+    for bound, compare in (
+        (rule.ge, pc.greater_equal),
+        (rule.le, pc.less_equal),
+        (rule.gt, pc.greater),
+        (rule.lt, pc.less),
+    ):
+        if bound is not None:
+            satisfied = compare(column, pa.scalar(bound, pa.float64()))
+            good = satisfied if good is None else pc.and_(good, satisfied)
+    if rule.isin is not None:
+        member = pc.is_in(column.cast(pa.string()), pa.array(rule.isin, pa.string()))
+        member = pc.if_else(column.is_valid(), member, True)
+        good = member if good is None else pc.and_kleene(good, member)
+    if good is None:
+        return
+    bad = _to_mask(pc.invert(good).fill_null(False))
+    if bad.any():
+        faults.add(
+            bad,
+            Reason.OUT_OF_RANGE,
+            rule.column,
+            lambda row: f"field `{rule.column}`: expected {rule}, found {_shown(column[row].as_py())}",
+        )
+
+
+def _check_future(
+    contract: ViewContract, columns: list[pa.Array], now_us: int, max_future_us: int, faults: _Faults
+) -> None:
+    times = columns[contract.schema.get_field_index(contract.timestamp_field)]
+    latest = pa.scalar(now_us + max_future_us, pa.int64()).cast(TIMESTAMP)
+    bad = _to_mask(pc.greater(times, latest).fill_null(False))
+    if bad.any():
+        faults.add(
+            bad,
+            Reason.FUTURE_EVENT,
+            contract.timestamp_field,
+            lambda row: (
+                f"field `{contract.timestamp_field}`: dated {times[row].as_py()}, "
+                f"more than {max_future_us / 1e6:g} s ahead of the clock"
+            ),
+        )
+
+
+def _expected(field: pa.Field, column: pa.Array, row: int) -> str:
+    return f"field `{field.name}`: expected {field.type}, found {_shown(column[row].as_py())}"
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: its repr, shortened."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    combined = column.combine_chunks()
+    if isinstance(combined, pa.ChunkedArray):
+        return combined.chunk(0) if combined.num_chunks else pa.nulls(0, column.type)
+    return combined
+
+
+def _to_mask(values: pa.Array) -> Mask:
+    """A boolean Arrow array without nulls as a NumPy mask."""
+    mask: Mask = np.asarray(values.to_numpy(zero_copy_only=False), dtype=bool)
+    return mask

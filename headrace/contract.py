@@ -1,0 +1,257 @@
+"""What a feature view promises: its columns and types, its value rules, and where its rows come from and go to.
+
+A `ViewContract` is read from the registry through Feast, once a process. It is the only thing the stream and the batch
+chain know of a view, so a new view is a change in the feature repository and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from feast import FeatureView, KafkaSource, RepoConfig
+from feast.field import Field
+from feast.infra.offline_stores.file_source import FileSource
+from feast.types import (
+    Array,
+    Bytes,
+    ImageBytes,
+    Invalid,
+    PdfBytes,
+    Set,
+    UnixTimestamp,
+    from_feast_to_pyarrow_type,
+)
+
+from headrace.errors import ConfigError
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+"""The one type of every time column: microseconds, UTC."""
+
+_BOUNDS = ("ge", "le", "gt", "lt")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The values a column may have, from the tags of its `Field`.
+
+    Attributes:
+        column: the column's name.
+        ge, le, gt, lt: bounds, inclusive and exclusive; None is unbounded. NaN satisfies no bound.
+        isin: the allowed values, as text; None allows any.
+        nullable: True and False as tagged. None, the default, lets a value be null but wants its field in a message.
+    """
+
+    column: str
+    ge: float | None = None
+    le: float | None = None
+    gt: float | None = None
+    lt: float | None = None
+    isin: tuple[str, ...] | None = None
+    nullable: bool | None = None
+
+    def __str__(self) -> str:
+        signs = {"ge": ">=", "le": "<=", "gt": ">", "lt": "<"}
+        parts = [f"{signs[b]} {getattr(self, b):g}" for b in _BOUNDS if getattr(self, b) is not None]
+        if self.isin is not None:
+            parts.append(f"one of {', '.join(self.isin)}")
+        return " and ".join(parts)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A view's transformation: a pure function of a table that keeps its rows and their order.
+
+    Attributes:
+        name: as tagged, `module:function`.
+        function: `pyarrow.Table -> pyarrow.Table`; a boolean column `SKIP_COLUMN` in the result marks rows to skip.
+        hash: SHA-256 of the module's source, hexadecimal, the first 16 digits.
+    """
+
+    SKIP_COLUMN = "__skip__"
+
+    name: str
+    function: Callable[[pa.Table], pa.Table]
+    hash: str
+
+
+@dataclass(frozen=True)
+class ViewContract:
+    """One feature view as the rest of Headrace sees it.
+
+    Attributes:
+        schema: the columns of every segment, in order: join keys, features, event timestamp, created timestamp.
+        directory: the view's folder of segments, absolute.
+        topic, bootstrap_servers, message_format, message_schema: of the view's `KafkaSource`; None without one.
+            The format is lower-case: `json`, `avro`, `proto`.
+        source_table: the view's tag of that name, the table that the batch chain reads; None without one.
+        transform: the view's tag of that name, `module:function`; None without one.
+    """
+
+    name: str
+    project: str
+    feature_view: FeatureView = field(repr=False)
+    join_keys: tuple[str, ...]
+    features: tuple[str, ...]
+    timestamp_field: str
+    created_field: str | None
+    schema: pa.Schema
+    rules: tuple[Rule, ...]
+    directory: Path
+    topic: str | None
+    bootstrap_servers: str | None
+    message_format: str | None
+    message_schema: str | None
+    source_table: str | None
+    transform: str | None
+
+    @classmethod
+    def from_feast(cls, view: FeatureView, config: RepoConfig) -> ViewContract:
+        """Read a view's contract.
+
+        Raises:
+            ConfigError: the view has no `FileSource` to hold its history, maps fields, lacks a type, or has a tag that
+                cannot be understood.
+        """
+        source = view.batch_source
+        if not isinstance(source, FileSource):
+            msg = (
+                f"feature view `{view.name}`: expected a FileSource (or a KafkaSource/PushSource with "
+                f"batch_source=FileSource(...)), found {type(source).__name__}; "
+                "declare one whose path is the view's folder"
+            )
+            raise ConfigError(msg)
+        if not view.entity_columns:
+            msg = (
+                f"feature view `{view.name}`: expected at least one entity with a join key, found none; "
+                "declare its entities (views without an entity are not supported)"
+            )
+            raise ConfigError(msg)
+        if source.field_mapping:
+            msg = (
+                f"feature view `{view.name}`: field_mapping {dict(source.field_mapping)} is not supported; "
+                "name the fields as the source does"
+            )
+            raise ConfigError(msg)
+        stream = view.stream_source if isinstance(view.stream_source, KafkaSource) else None
+        join_keys = tuple(column.name for column in view.entity_columns)
+        fields = [*view.entity_columns, *view.features]
+        created = source.created_timestamp_column or None
+        columns = [pa.field(field.name, _arrow_type(view, field)) for field in fields]
+        columns.append(pa.field(source.timestamp_field, TIMESTAMP))
+        if created is not None:
+            columns.append(pa.field(created, TIMESTAMP))
+        options = stream.kafka_options if stream is not None else None
+        message_format = options.message_format if options is not None else None
+        return cls(
+            name=view.name,
+            project=config.project,
+            feature_view=view,
+            join_keys=join_keys,
+            features=tuple(field.name for field in view.features),
+            timestamp_field=source.timestamp_field,
+            created_field=created,
+            schema=pa.schema(columns),
+            rules=tuple(_rule(view, field) for field in fields),
+            directory=directory_of(source, config),
+            topic=options.topic if options is not None else None,
+            bootstrap_servers=options.kafka_bootstrap_servers if options is not None else None,
+            message_format=_format_name(message_format),
+            message_schema=getattr(message_format, "schema_json", None) or None,
+            source_table=view.tags.get("source_table") or None,
+            transform=view.tags.get("transform") or None,
+        )
+
+    def rule(self, column: str) -> Rule:
+        """The rule of a column; an empty one where none is declared."""
+        return next((rule for rule in self.rules if rule.column == column), Rule(column))
+
+
+def directory_of(source: FileSource, config: RepoConfig) -> Path:
+    """The absolute path of a file source, relative ones taken from the feature repository."""
+    return Path(FileSource.get_uri_for_file_path(config.repo_path, source.path)).resolve()
+
+
+def load_transform(contract: ViewContract, repo_path: Path) -> Transform | None:
+    """Load the transformation that a view names, by path from the feature repository.
+
+    Raises:
+        ConfigError: there is no such file or function.
+    """
+    if contract.transform is None:
+        return None
+    module_name, _, function_name = contract.transform.partition(":")
+    path = Path(repo_path) / (module_name.replace(".", "/") + ".py")
+    where = f"feature view `{contract.name}`: tag transform={contract.transform!r}"
+    if not path.is_file():
+        msg = f"{where} expects the file {path}, which does not exist; write `module:function`, its module being there"
+        raise ConfigError(msg)
+    spec = importlib.util.spec_from_file_location(f"headrace_transform_{module_name}", path)
+    if spec is None or spec.loader is None:  # cannot happen for a .py file that exists
+        msg = f"{where}: {path} cannot be loaded as a Python module"
+        raise ConfigError(msg)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        msg = f"{where} expects a function {function_name!r} in {path}; define it there"
+        raise ConfigError(msg)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return Transform(contract.transform, function, digest)
+
+
+def _arrow_type(view: FeatureView, field: Field) -> pa.DataType:
+    """The Arrow type of a field. Feast's own table lacks the binary types and nested timestamps."""
+    dtype = field.dtype
+    if dtype in (Bytes, PdfBytes, ImageBytes):
+        return pa.binary()
+    if dtype == UnixTimestamp:
+        return TIMESTAMP
+    if isinstance(dtype, Array | Set) and dtype.base_type in (Bytes, PdfBytes, ImageBytes):
+        return pa.list_(pa.binary())
+    if isinstance(dtype, Array | Set) and dtype.base_type == UnixTimestamp:
+        return pa.list_(TIMESTAMP)
+    if dtype == Invalid:
+        msg = f"feature view `{view.name}`: field `{field.name}` has no type; declare its dtype in the schema"
+        raise ConfigError(msg)
+    try:
+        if isinstance(dtype, Set):
+            return pa.list_(from_feast_to_pyarrow_type(dtype.base_type))
+        return from_feast_to_pyarrow_type(dtype)
+    except ValueError as error:
+        msg = f"feature view `{view.name}`: field `{field.name}` has type {dtype}, which has no Arrow type; use another"
+        raise ConfigError(msg) from error
+
+
+def _rule(view: FeatureView, field: Field) -> Rule:
+    """The rule in a field's tags. Tags of other names are the user's own."""
+    tags: Mapping[str, str] = field.tags or {}
+    where = f"feature view `{view.name}`: field `{field.name}`"
+    values: dict[str, Any] = {}
+    for bound in _BOUNDS:
+        if bound in tags:
+            try:
+                values[bound] = float(tags[bound])
+            except ValueError:
+                msg = f"{where}: tag {bound}={tags[bound]!r} is no number; write it as in {{'{bound}': '0.5'}}"
+                raise ConfigError(msg) from None
+    if "isin" in tags:
+        values["isin"] = tuple(part.strip() for part in tags["isin"].split(","))
+    if "nullable" in tags:
+        if tags["nullable"] not in ("true", "false"):
+            msg = f"{where}: tag nullable={tags['nullable']!r} is neither 'true' nor 'false'"
+            raise ConfigError(msg)
+        values["nullable"] = tags["nullable"] == "true"
+    return Rule(field.name, **values)
+
+
+def _format_name(message_format: Any) -> str | None:
+    """`JsonFormat` → `json`, and so on; None for None."""
+    if message_format is None:
+        return None
+    return type(message_format).__name__.removesuffix("Format").lower()

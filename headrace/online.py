@@ -1,0 +1,124 @@
+"""Writing online: one door for Arrow rows, newest-wins and atomic in our stores, by Feast's generic write in others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from feast import FeatureStore, FeatureView, RepoConfig
+from feast.infra.key_encoding_utils import serialize_entity_key
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey as EntityKeyProto
+from feast.protos.feast.types.Value_pb2 import Value as ValueProto
+from feast.utils import _convert_arrow_to_proto
+
+from headrace.contract import ViewContract
+from headrace.encode import EncodedRows, Int64s, Origin, encode, hash_tails, newest, order_keys
+
+FeastRow = tuple[EntityKeyProto, dict[str, ValueProto], datetime, datetime | None]
+"""A row as Feast hands it to `OnlineStore.online_write_batch`."""
+
+Mark = Mapping[str, Any]
+"""What has been materialized of a view, see `headrace.materialize`."""
+
+
+@runtime_checkable
+class NewestWinsStore(Protocol):
+    """An online store of ours."""
+
+    def write_newest(self, config: RepoConfig, view: FeatureView, rows: EncodedRows) -> int:
+        """Write each row whose order is not smaller than the stored one; the rest is turned away.
+
+        Atomic for each row, whoever else writes; idempotent. Returns how many were written.
+        """
+
+    def server_ids(self, config: RepoConfig) -> tuple[str, ...]:
+        """Ids of the servers that hold the values; they change when a server may have forgotten."""
+
+    def read_mark(self, config: RepoConfig, view: FeatureView) -> Mark | None:
+        """The mark of a view as last swapped; None where there is none."""
+
+    def swap_mark(self, config: RepoConfig, view: FeatureView, seen: Mark | None, mark: Mark) -> bool:
+        """Set the mark if it still is what was seen. False, and nothing done, if it is not."""
+
+
+def online_store(store: FeatureStore) -> Any:
+    """The online store behind a Feast store."""
+    return cast("Any", store._get_provider()).online_store
+
+
+def write_online(
+    store: FeatureStore,
+    contract: ViewContract,
+    table: pa.Table,
+    *,
+    epoch: int | None = None,
+    partition: int | None = None,
+    offsets: Int64s | None = None,
+) -> int:
+    """Write the newest row of each key, if it is newer than what is stored.
+
+    Blocking; safe to repeat; thread-safe. In stores that are not ours the newest row of each key goes through Feast's
+    generic write, with whatever guarantee that store has.
+
+    Args:
+        table: rows in the contract's schema.
+        epoch, partition, offsets: the origin of stream rows, offsets aligned with the table; all or none.
+
+    Returns:
+        How many keys were written, not counting those turned away.
+    """
+    if table.num_rows == 0:
+        return 0
+    origin = None
+    if epoch is not None and partition is not None and offsets is not None:
+        origin = Origin(epoch, partition, offsets)
+    target = online_store(store)
+    if isinstance(target, NewestWinsStore):
+        return target.write_newest(store.config, contract.feature_view, encode(contract, table, origin))
+    return _write_generic(store, contract, table)
+
+
+def server_ids(store: FeatureStore) -> tuple[str, ...]:
+    """Ids of the online servers; none for stores that are not ours."""
+    target = online_store(store)
+    return target.server_ids(store.config) if isinstance(target, NewestWinsStore) else ()
+
+
+def encode_feast_rows(config: RepoConfig, view: FeatureView, data: Sequence[FeastRow]) -> EncodedRows:
+    """Rows of Feast's own interface, encoded; the newest of each key. Naive times are UTC, as Feast means them."""
+    names = [feature.name for feature in view.features]
+    values = {name: [row[1][name].SerializeToString() if name in row[1] else b"" for row in data] for name in names}
+    event = np.array([_microseconds(row[2]) for row in data], dtype=np.int64)
+    created = [None if pd.isnull(row[3]) else _microseconds(row[3]) for row in data]
+    order = order_keys(
+        event,
+        np.array([us or 0 for us in created], dtype=np.int64),
+        np.array([us is not None for us in created], dtype=bool),
+        hash_tails(values) if data else np.empty((0, 17), dtype=np.uint8),
+    )
+    version = config.entity_key_serialization_version
+    keys = [serialize_entity_key(row[0], entity_key_serialization_version=version) for row in data]
+    return newest(EncodedRows(keys, order, event.tolist(), created, values))
+
+
+def _write_generic(store: FeatureStore, contract: ViewContract, table: pa.Table) -> int:
+    view = contract.feature_view
+    keys = {field.name: field.dtype.to_value_type() for field in view.entity_columns}
+    times = [name for name in (contract.timestamp_field, contract.created_field) if name is not None]
+    ordered = table.sort_by([(name, "ascending") for name in times]).combine_chunks()
+    latest: dict[bytes, FeastRow] = {}
+    for key, values, event, created in _convert_arrow_to_proto(ordered, view, keys):
+        known = None if pd.isnull(created) else created  # stock SQLite cannot store NaT
+        latest[key.SerializeToString(deterministic=True)] = (key, values, event, known)
+    store._get_provider().online_write_batch(store.config, view, list(latest.values()), None)
+    return len(latest)
+
+
+def _microseconds(moment: datetime) -> int:
+    aware = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+    delta = aware - datetime(1970, 1, 1, tzinfo=UTC)
+    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds

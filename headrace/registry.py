@@ -1,0 +1,50 @@
+"""Relative SQLite registries, resolved as every other path of a feature repository: against its folder.
+
+Feast hands an SQL registry's URL to SQLAlchemy as it is, so `sqlite:///../data/registry.db` would mean another file in
+each working directory. A custom registry class cannot be named in `feature_store.yaml`, therefore the one property
+through which Feast reads the registry's configuration is wrapped, once, when a Headrace plug-in is imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from feast.repo_config import RepoConfig
+from sqlalchemy.engine import make_url
+
+
+def absolute_url(url: str, repo_path: Path) -> str:
+    """Resolve the file of a relative SQLite URL against `repo_path`, and make its folder; other URLs stay.
+
+    Pure but for the folder. Idempotent.
+    """
+    if not url.startswith("sqlite"):
+        return url
+    parsed = make_url(url)
+    if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
+        return url
+    path = (repo_path / parsed.database).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return parsed.set(database=str(path)).render_as_string(hide_password=False)
+
+
+def install() -> None:
+    """Wrap `RepoConfig.registry`. Idempotent."""
+    original: Any = RepoConfig.registry
+    if getattr(original.fget, "resolves_relative_paths", False):
+        return
+
+    def registry(self: RepoConfig) -> Any:
+        config = original.fget(self)
+        if config is not None and config.registry_type == "sql" and self.repo_path is not None:
+            config.path = absolute_url(config.path, self.repo_path)
+            if config.read_path:
+                config.read_path = absolute_url(config.read_path, self.repo_path)
+        return config
+
+    registry.resolves_relative_paths = True  # type: ignore[attr-defined]
+    RepoConfig.registry = property(registry)  # type: ignore[method-assign, assignment]
+
+
+install()

@@ -1,0 +1,290 @@
+"""One segment: its name, its footer, and how it comes to be. The format is plain Parquet that any reader opens.
+
+A name is parsed from the right: `<chain>-<level>-<first>.parquet` for a chain, `batch-<YYYY-MM-DD>-<snapshot>.parquet`
+for an ETL day; `first` and `snapshot` have 20 digits. Two entries in the footer's key-value metadata, `headrace` (JSON)
+and `headrace.accepted`, say where the chain ends now and which offsets the rows came from.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import json
+import os
+import re
+import socket
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from headrace.errors import LedgerError
+
+FORMAT_VERSION = 1
+SUFFIX = ".parquet"
+_META = b"headrace"
+_ACCEPTED = b"headrace.accepted"
+_CHAIN_NAME = re.compile(r"^(?P<chain>(?:stream-.+-\d+-\d+|push|replay-.+))-(?P<level>[0-3])-(?P<first>\d{20})$")
+_DAY_NAME = re.compile(r"^batch-(?P<day>\d{4}-\d{2}-\d{2})-(?P<snapshot>\d{20})$")
+
+Offsets = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, order=True)
+class SegmentName:
+    """The name of a segment of a chain."""
+
+    chain: str
+    level: int
+    first: int
+
+    def __str__(self) -> str:
+        return f"{self.chain}-{self.level}-{self.first:020d}{SUFFIX}"
+
+
+@dataclass(frozen=True, order=True)
+class DayName:
+    """The name of one snapshot of an ETL day. `snapshot` is in microseconds since the epoch."""
+
+    day: date
+    snapshot: int
+
+    def __str__(self) -> str:
+        return f"batch-{self.day.isoformat()}-{self.snapshot:020d}{SUFFIX}"
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a segment says of itself.
+
+    Attributes:
+        next: where the chain ends with this segment; for a day the count of its rows.
+        rejected, skipped: how many records between first and next are dead letters, and tombstones or the like.
+        min_us, max_us: bounds of the rows' event times, inclusive, microseconds; None without rows.
+        topic_id: the id of the topic that the offsets belong to.
+        transforms: the hashes of the transformations that made the rows.
+        servers: the ids of the online servers that had the rows when the segment was appended.
+        writer, append: the process, and the id of this very append.
+        mark: `before` (positions from before Headrace began), `gap` (a head that the topic lost), `closed`.
+        successor: for a closed chain, the new topic's id and its start.
+        extra: of a day, what the batch chain notes: content hash and the like.
+    """
+
+    next: int
+    rejected: int = 0
+    skipped: int = 0
+    min_us: int | None = None
+    max_us: int | None = None
+    topic_id: str | None = None
+    transforms: tuple[str, ...] = ()
+    servers: tuple[str, ...] = ()
+    writer: str = ""
+    append: str = ""
+    mark: str | None = None
+    successor: tuple[str, int] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The footer's `headrace` entry."""
+        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Footer:
+        """Read a footer. Entries that a later minor format added are ignored.
+
+        Raises:
+            ValueError: no footer, or one of a format that this version cannot read.
+        """
+        values = json.loads(text)
+        if values.get("version") != FORMAT_VERSION:
+            msg = f"format version {values.get('version')!r}, expected {FORMAT_VERSION}"
+            raise ValueError(msg)
+        known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+        known["transforms"] = tuple(known.get("transforms", ()))
+        known["servers"] = tuple(known.get("servers", ()))
+        if known.get("successor") is not None:
+            known["successor"] = (str(known["successor"][0]), int(known["successor"][1]))
+        return cls(**known)
+
+
+def parse_name(name: str) -> SegmentName | DayName | None:
+    """The meaning of a file name; None for a file that is not ours."""
+    if not name.endswith(SUFFIX):
+        return None
+    stem = name[: -len(SUFFIX)]
+    if match := _DAY_NAME.match(stem):
+        with contextlib.suppress(ValueError):
+            return DayName(date.fromisoformat(match["day"]), int(match["snapshot"]))
+        return None
+    if match := _CHAIN_NAME.match(stem):
+        return SegmentName(match["chain"], int(match["level"]), int(match["first"]))
+    return None
+
+
+def stream_chain(topic: str, partition: int, epoch: int) -> str:
+    """The chain of one partition of one topic in one epoch."""
+    return f"stream-{topic}-{partition}-{epoch}"
+
+
+def parse_stream_chain(chain: str) -> tuple[str, int, int] | None:
+    """`(topic, partition, epoch)` of a stream chain; None for another."""
+    if not chain.startswith("stream-"):
+        return None
+    topic, partition, epoch = chain.removeprefix("stream-").rsplit("-", 2)
+    return topic, int(partition), int(epoch)
+
+
+def new_append_id() -> str:
+    """An id for one append and its repetitions."""
+    return uuid.uuid4().hex
+
+
+def writer_id() -> str:
+    """This process, for people who read footers."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def create(path: Path, table: pa.Table, footer: Footer, accepted: Offsets | None = None) -> bool:
+    """Create a segment exclusively and durably; the name appears with its whole content or not at all.
+
+    1. Write to a temporary name that no reader matches. 2. fsync. 3. link to the final name, which fails where it is
+    taken. 4. fsync the folder. 5. Remove the temporary name. A crash leaves at most the temporary file.
+
+    Returns:
+        False when the name was taken by another append; True when it is ours, also by an earlier try.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{footer.append}.tmp")
+    try:
+        _write(temporary, table, footer, accepted)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return read_footer(path).append == footer.append
+        _fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a segment durably; one that is gone already is fine."""
+    path.unlink(missing_ok=True)
+    _fsync_folder(path.parent)
+
+
+def read_footer(path: Path) -> Footer:
+    """The footer of a segment, cached by name, size and time.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        LedgerError: it is not a whole segment of ours.
+    """
+    stat = path.stat()
+    return _read_footer(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=262_144)
+def _read_footer(path: Path, size: int, mtime_ns: int) -> Footer:
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+        return Footer.from_json(metadata[_META])
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOENT:
+            raise
+        msg = (
+            f"{path}: expected a segment with a `headrace` footer, found {type(error).__name__}: {error}; "
+            "move the file out of the folder, or restore it"
+        )
+        raise LedgerError(msg) from error
+
+
+def read_accepted(path: Path) -> Offsets:
+    """The offset of each row of a stream segment, in row order, ascending."""
+    metadata = pq.read_metadata(path).metadata or {}
+    return decode_ranges(metadata[_ACCEPTED]) if _ACCEPTED in metadata else np.empty(0, dtype=np.int64)
+
+
+def encode_ranges(offsets: Offsets) -> bytes:
+    """Ascending offsets as ranges: LEB128 varints of (gap since the last range, length), deflated, in base64.
+
+    Base64 because Parquet's metadata are UTF-8 text to many readers.
+    """
+    if len(offsets) == 0:
+        return b""
+    breaks = np.flatnonzero(np.diff(offsets) != 1) + 1
+    starts = offsets[np.concatenate(([0], breaks))]
+    lengths = np.diff(np.concatenate(([0], breaks, [len(offsets)])))
+    ends = starts + lengths
+    gaps = starts - np.concatenate(([0], ends[:-1]))
+    out = bytearray()
+    for value in np.column_stack((gaps, lengths)).ravel().tolist():
+        rest = value
+        while rest > 0x7F:
+            out.append(rest & 0x7F | 0x80)
+            rest >>= 7
+        out.append(rest)
+    return base64.b64encode(zlib.compress(bytes(out), 1))
+
+
+def decode_ranges(text: bytes) -> Offsets:
+    """The inverse of `encode_ranges`."""
+    if not text:
+        return np.empty(0, dtype=np.int64)
+    numbers = list(_varints(zlib.decompress(base64.b64decode(text))))
+    pieces: list[Offsets] = []
+    end = 0
+    for gap, length in zip(numbers[::2], numbers[1::2], strict=True):
+        start = end + gap
+        end = start + length
+        pieces.append(np.arange(start, end, dtype=np.int64))
+    return np.concatenate(pieces)
+
+
+def _varints(data: bytes) -> Iterator[int]:
+    value = shift = 0
+    for byte in data:
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            yield value
+            value = shift = 0
+
+
+def time_bounds(table: pa.Table, column: str) -> tuple[int | None, int | None]:
+    """The least and greatest time of a column, inclusive, in microseconds; None without rows."""
+    bounds = pc.min_max(table.column(column).cast(pa.int64()))
+    return bounds["min"].as_py(), bounds["max"].as_py()
+
+
+def _write(path: Path, table: pa.Table, footer: Footer, accepted: Offsets | None) -> None:
+    with path.open("wb") as sink:
+        # Without Arrow's own schema entry the footer has ours alone; the types survive, being Parquet's.
+        with pq.ParquetWriter(sink, table.schema, compression="zstd", store_schema=False) as writer:
+            writer.write_table(table)
+            entries = {_META.decode(): footer.to_json()}
+            if accepted is not None and len(accepted):
+                entries[_ACCEPTED.decode()] = encode_ranges(accepted).decode()
+            writer.add_key_value_metadata(entries)
+        sink.flush()
+        os.fsync(sink.fileno())
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

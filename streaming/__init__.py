@@ -1,0 +1,42 @@
+"""The stream: a Faust app that brings Kafka events through Feast into both stores, exactly once offline.
+
+`faust -A streaming worker -l info` is the daemon. `streaming.app` is built when it is first asked for, from the
+settings and the registry; it needs no broker.
+"""
+
+# ruff: noqa: PLC0415 - importing the package alone must import neither Faust nor Feast
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streaming.worker import HeadraceApp
+
+    app: HeadraceApp
+
+__all__ = ["app"]
+
+
+def __getattr__(name: str) -> Any:
+    """Build the app on first use.
+
+    Raises:
+        click.ClickException: the settings or the registry are wrong; Faust's command line shows its one line.
+    """
+    if name != "app":
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    import click
+
+    from headrace.errors import ConfigError
+
+    # The Prometheus client turns to multiprocess files if Feast is imported before it.
+    from streaming import health  # noqa: F401
+    from streaming.worker import create_app
+
+    try:
+        globals()["app"] = create_app()
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
+    return globals()["app"]

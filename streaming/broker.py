@@ -1,0 +1,183 @@
+"""What is asked of the broker beside fetching: topics, their ids, the ends of their logs. By librdkafka, in threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from headrace.errors import ConfigError, TransientError
+from streaming.settings import StreamConfig, StreamSettings
+
+_EMBEDDED = "mockCluster"
+"""How the cluster id of librdkafka's mock cluster begins: it has no topic ids, and cannot create topics on request."""
+
+Result = TypeVar("Result")
+
+
+class BrokerError(TransientError):
+    """The broker did not answer, or answered that it cannot now."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """The offsets that a partition's log has now: `[earliest, latest)`."""
+
+    earliest: int
+    latest: int
+
+
+def client_config(config: StreamConfig) -> dict[str, Any]:
+    """The settings of a librdkafka client. Holds the password: never log it."""
+    settings = config.settings
+    values: dict[str, Any] = {
+        "bootstrap.servers": config.bootstrap,
+        "security.protocol": settings.security_protocol,
+        "client.id": config.group,
+        "log_level": 0,
+    }
+    if settings.security_protocol.startswith("SASL"):
+        require_login(settings)
+        values["sasl.mechanism"] = settings.sasl_mechanism
+        values["sasl.username"] = settings.sasl_username
+        values["sasl.password"] = settings.sasl_password.get_secret_value() if settings.sasl_password else ""
+    if settings.tls_ca_file is not None:
+        values["ssl.ca.location"] = str(settings.tls_ca_file)
+    return values
+
+
+def require_login(settings: StreamSettings) -> None:
+    """Check that SASL has what it needs.
+
+    Raises:
+        ConfigError: user name or password is missing.
+    """
+    if settings.sasl_username is None or settings.sasl_password is None:
+        msg = (
+            f"HEADRACE_SECURITY_PROTOCOL={settings.security_protocol} expects HEADRACE_SASL_USERNAME and "
+            "HEADRACE_SASL_PASSWORD; set both"
+        )
+        raise ConfigError(msg)
+
+
+class Broker:
+    """The broker, asked. Blocking, thread-safe; every call ends within the timeout or raises `BrokerError`.
+
+    What only a real broker answers is not asked of an embedded one.
+    """
+
+    def __init__(self, config: StreamConfig) -> None:
+        self._config = config
+        self._timeout_s = config.settings.broker_timeout_seconds
+        self._admin = AdminClient(client_config(config))
+        self._watcher: Consumer | None = None
+        self._lock = threading.Lock()
+        self._topic_ids: dict[str, tuple[float, str | None]] = {}
+        self._embedded: bool | None = None
+
+    def partitions(self) -> Mapping[str, int]:
+        """The topics that the broker has, with the number of their partitions. Creates none."""
+        cluster = self._ask(lambda: self._admin.list_topics(timeout=self._timeout_s))
+        self._embedded = str(cluster.cluster_id).startswith(_EMBEDDED)
+        return {name: len(topic.partitions) for name, topic in cluster.topics.items() if topic.error is None}
+
+    def create_topic(self, topic: str, partitions: int) -> None:
+        """Create a topic with the broker's own replication; fine if another was first."""
+        if self._is_embedded():
+            self._ask(lambda: self._admin.list_topics(topic, timeout=self._timeout_s))
+            return
+        creation = self._admin.create_topics([NewTopic(topic, partitions)])[topic]
+        try:
+            self._ask(lambda: creation.result(self._timeout_s))
+        except BrokerError as error:
+            cause = error.__cause__
+            exists = KafkaError.TOPIC_ALREADY_EXISTS
+            if not (isinstance(cause, KafkaException) and cause.args[0].code() == exists):
+                raise
+
+    def topic_id(self, topic: str, not_before_s: float = 0.0) -> str | None:
+        """The id of a topic, as heard after a moment of the monotonic clock; None where the broker has no ids.
+
+        Raises:
+            BrokerError: also when there is no such topic now.
+        """
+        with self._lock:
+            heard = self._topic_ids.get(topic)
+        if heard is not None and heard[0] >= not_before_s > 0:
+            return heard[1]
+        if self._is_embedded():
+            return None
+        asked_s = time.monotonic()
+        description = self._ask(
+            lambda: self._admin.describe_topics(TopicCollection([topic]), request_timeout=self._timeout_s)[
+                topic
+            ].result(self._timeout_s)
+        )
+        topic_id = None if description.topic_id is None else str(description.topic_id)
+        with self._lock:
+            self._topic_ids[topic] = (asked_s, topic_id)
+        return topic_id
+
+    def log(self, topic: str, partition: int) -> Log:
+        """The ends of a partition's log. The latest counts open transactions too."""
+        earliest, latest = self._ask(
+            lambda: self._consumer().get_watermark_offsets(
+                TopicPartition(topic, partition), timeout=self._timeout_s, cached=False
+            )
+        )
+        return Log(earliest, latest)
+
+    def offsets_at(self, topic: str, partitions: int, time_ms: int) -> Mapping[int, int]:
+        """For each partition the first offset produced at or after a time; the log's end if there is none."""
+        wanted = [TopicPartition(topic, number, time_ms) for number in range(partitions)]
+        found = self._ask(lambda: self._consumer().offsets_for_times(wanted, timeout=self._timeout_s))
+        return {
+            item.partition: item.offset if item.offset >= 0 else self.log(topic, item.partition).latest
+            for item in found
+        }
+
+    def group_offsets(self, topic: str, partitions: int) -> Mapping[int, int]:
+        """What the group committed, by partition; partitions without a commit are left out."""
+        wanted = [TopicPartition(topic, number) for number in range(partitions)]
+        found = self._ask(lambda: self._consumer().committed(wanted, timeout=self._timeout_s))
+        return {item.partition: item.offset for item in found if item.offset >= 0}
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        if self._watcher is not None:
+            self._watcher.close()
+
+    def _is_embedded(self) -> bool:
+        if self._embedded is None:
+            self.partitions()
+        return bool(self._embedded)
+
+    def _consumer(self) -> Consumer:
+        with self._lock:
+            if self._watcher is None:
+                group = {
+                    "group.id": self._config.group,
+                    "enable.auto.commit": False,
+                    "allow.auto.create.topics": False,
+                }
+                self._watcher = Consumer(client_config(self._config) | group)
+            return self._watcher
+
+    def _ask(self, question: Callable[[], Result]) -> Result:
+        try:
+            return question()
+        except KafkaException as error:
+            reason = error.args[0].str() if error.args else str(error)
+            msg = (
+                f"broker {self._config.bootstrap} did not answer within {self._timeout_s:g} s ({reason}); "
+                "check that it runs, and HEADRACE_BROKER"
+            )
+            raise BrokerError(msg) from error
+        except TimeoutError as error:
+            msg = f"broker {self._config.bootstrap} did not answer within {self._timeout_s:g} s; check that it runs"
+            raise BrokerError(msg) from error

@@ -1,0 +1,497 @@
+"""One view on one partition: the steps from fetched records to both stores, in order, each off the event loop.
+
+Steps of successive slices overlap; their order does not change:
+
+1. Take slices, decode, transform, cast, apply the rules.
+2. Write the rejects to the dead letters, and wait for the broker's word.
+3. Write online, newest wins.
+4. Append `[first, next)` to the ledger, several slices at a time: the commit.
+
+A crash anywhere repeats only steps that do no harm when repeated. A lane belongs to one assignment; when that ends it
+finishes what it can in a bounded time and the rest is read again by whoever is next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from headrace.chains import StreamEnd, StreamLedger
+from headrace.conform import Reject, conform
+from headrace.errors import LostRaceError, TerminalError
+from streaming.deadletters import Letter
+from streaming.decode import JsonDecoder
+from streaming.health import OFFLINE, ONLINE, Health
+from streaming.settings import StreamSettings, View
+from streaming.slices import Record, Slice, TopicPartition
+
+logger = logging.getLogger(__name__)
+
+SERVERS_AGE_S = 10.0
+"""How old the ids of the online servers may be. Old ones are safe: they differ if the store has forgotten since."""
+
+SLOW_S = 3.0
+"""After this long without an answer a step counts as failing."""
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 5.0
+WAITING_BATCHES = 2
+
+Int64s = npt.NDArray[np.int64]
+Result = TypeVar("Result")
+
+
+class TopicReplacedError(TerminalError):
+    """The topic was deleted and made anew: its offsets are not those of the ledger."""
+
+
+class Stores(Protocol):
+    """The blocking calls that a lane makes, each in a thread that the lane chooses."""
+
+    def write_letters(self, letters: Sequence[Letter]) -> None:
+        """Return when the broker has them."""
+
+    def write_online(self, view: View, table: pa.Table, epoch: int, partition: int, offsets: Int64s) -> int:
+        """Newest wins; how many keys were written."""
+
+    def server_ids(self) -> tuple[str, ...]:
+        """The ids of the online servers."""
+
+    def topic_id(self, topic: str, not_before_s: float) -> str | None:
+        """The topic's id, as heard after a moment of the monotonic clock."""
+
+
+class Budget:
+    """The bound on bytes that were fetched and not yet appended. Of the event loop."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._room = asyncio.Event()
+        self._room.set()
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing more may be fetched now."""
+        return self._used >= self._limit
+
+    def take(self, size: int) -> None:
+        """Note bytes that came. They came already, so this may go beyond the limit."""
+        self._used += size
+        if self.is_spent:
+            self._room.clear()
+
+    def give(self, size: int) -> None:
+        """Note bytes that are done."""
+        self._used -= size
+        if not self.is_spent:
+            self._room.set()
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Wait for room; False if there is none after that time."""
+        if not self.is_spent:
+            return True
+        try:
+            await asyncio.wait_for(self._room.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The threads: one a kind of work, so that each store sees one caller and its objects stay on one thread."""
+
+    decode: Executor
+    letters: Executor
+    online: Executor
+    offline: Executor
+
+
+@dataclass
+class Batch:
+    """Records of `[first, next)` on their way."""
+
+    first: int
+    next: int
+    table: pa.Table
+    offsets: Int64s
+    produced_ms: Int64s
+    letters: list[Letter]
+    skipped: int
+    size: int
+    fetched_s: float
+    rejected: int = 0
+    servers: tuple[str, ...] = ()
+
+    @classmethod
+    def merge(cls, batches: Sequence[Batch]) -> Batch:
+        """Several batches that follow each other, as one. The oldest server ids stay, which is the safe choice."""
+        if len(batches) == 1:
+            return batches[0]
+        return cls(
+            first=batches[0].first,
+            next=batches[-1].next,
+            table=pa.concat_tables([b.table for b in batches]),
+            offsets=np.concatenate([b.offsets for b in batches]),
+            produced_ms=np.concatenate([b.produced_ms for b in batches]),
+            letters=[],
+            skipped=sum(b.skipped for b in batches),
+            size=sum(b.size for b in batches),
+            fetched_s=batches[0].fetched_s,
+            rejected=sum(b.rejected for b in batches),
+            servers=batches[0].servers,
+        )
+
+
+@dataclass
+class Gathering:
+    """Batches that are online and wait to be appended together."""
+
+    batches: list[Batch] = field(default_factory=list)
+    rows: int = 0
+    size: int = 0
+
+    def add(self, batch: Batch) -> None:
+        """Add the batch that follows."""
+        if self.batches and self.batches[-1].next != batch.first:
+            msg = f"batch {batch.first} does not follow {self.batches[-1].next}"
+            raise AssertionError(msg)
+        self.batches.append(batch)
+        self.rows += batch.table.num_rows
+        self.size += batch.size
+
+    def wait_s(self, now_s: float, append_seconds: float) -> float | None:
+        """How long the append may wait; None for ever."""
+        if not self.batches:
+            return None
+        return max(0.0, self.batches[0].fetched_s + append_seconds - now_s)
+
+
+class Lane:
+    """See the module.
+
+    Args:
+        start: where the ledger ends, and in which epoch.
+        topic_id: of the topic at the start of the assignment.
+        on_fault: called once, from the event loop, with what stopped the lane; the lane does nothing more.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        partition: TopicPartition,
+        *,
+        start: StreamEnd,
+        topic_id: str | None,
+        ledger: StreamLedger,
+        decoder: JsonDecoder,
+        stores: Stores,
+        pools: Pools,
+        budget: Budget,
+        health: Health,
+        settings: StreamSettings,
+        on_fault: Callable[[Lane, BaseException], None],
+    ) -> None:
+        self.view = view
+        self.partition = partition
+        self.end = start.end
+        self.epoch = start.epoch
+        self._topic_id = topic_id
+        self._ledger = ledger
+        self._decoder = decoder
+        self._stores = stores
+        self._pools = pools
+        self._budget = budget
+        self._health = health
+        self._settings = settings
+        self._on_fault = on_fault
+        self._name = view.contract.name
+        self._start = start.end
+        self._outstanding = 0
+        self._servers: tuple[str, ...] | None = None
+        self._servers_s = 0.0
+        self._inbox: asyncio.Queue[Slice | None] = asyncio.Queue()
+        self._decoded: asyncio.Queue[Batch | None] = asyncio.Queue(WAITING_BATCHES)
+        self._online: asyncio.Queue[Batch | None] = asyncio.Queue()
+        steps = (self._decode_step, self._online_step, self._append_step)
+        self._tasks = [asyncio.create_task(self._guarded(step)) for step in steps]
+        self._is_faulty = False
+
+    def put(self, piece: Slice) -> None:
+        """Take the next slice of the partition; what the ledger has already is left out."""
+        if piece.next <= self._start:
+            return
+        own = piece.from_offset(self._start)
+        self._outstanding += own.size
+        self._budget.take(own.size)
+        self._inbox.put_nowait(own)
+
+    async def finish(self, timeout_s: float) -> None:
+        """Bring what was taken to the stores and end; after the time, drop what is left."""
+        self._inbox.put_nowait(None)
+        if not self._is_faulty:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        self.drop()
+
+    def drop(self) -> None:
+        """End now. A call that is under way in a thread ends by itself, and does no harm."""
+        for task in self._tasks:
+            task.cancel()
+        self._budget.give(self._outstanding)
+        self._outstanding = 0
+        for key in [key for key in self._health.failing if key[0] == self._label]:
+            del self._health.failing[key]
+
+    @property
+    def _label(self) -> str:
+        return f"{self._name} {self.partition.topic}[{self.partition.partition}]"
+
+    async def _guarded(self, step: Callable[[], Any]) -> None:
+        try:
+            await step()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - nothing may be lost in a task
+            if not self._is_faulty:
+                self._is_faulty = True
+                self._on_fault(self, error)
+
+    async def _decode_step(self) -> None:
+        while True:
+            piece = await self._inbox.get()
+            pieces: list[Slice] = []
+            count = 0
+            while piece is not None:
+                pieces.append(piece)
+                count += len(piece.records)
+                if count >= self._settings.slice_records or self._inbox.empty():
+                    break
+                piece = self._inbox.get_nowait()
+            if pieces:
+                batch = await self._timed("decode", self._pools.decode, partial(self._decode, pieces))
+                if batch.letters:
+                    writing = partial(self._stores.write_letters, batch.letters)
+                    await self._insist("dead_letters", self._pools.letters, writing)
+                batch.letters = []
+                await self._decoded.put(batch)
+            if piece is None:
+                await self._decoded.put(None)
+                return
+
+    async def _online_step(self) -> None:
+        while (batch := await self._decoded.get()) is not None:
+            waiting = [batch]
+            is_last = False
+            while not self._decoded.empty() and not is_last:
+                more = self._decoded.get_nowait()
+                if more is None:
+                    is_last = True
+                else:
+                    waiting.append(more)
+            servers = await self._server_ids()
+            merged = Batch.merge(waiting)
+            merged.servers = servers
+            if merged.table.num_rows:
+                keys = await self._insist("online", self._pools.online, partial(self._write_online, merged))
+                self._health.keys.labels(self._name).inc(keys)
+                self._health.succeeded(self._name, ONLINE, merged.produced_ms)
+            self._online.put_nowait(merged)
+            if is_last:
+                break
+        self._online.put_nowait(None)
+
+    async def _append_step(self) -> None:
+        gathering = Gathering()
+        is_last = False
+        while not is_last:
+            wait_s = gathering.wait_s(time.monotonic(), self._settings.append_seconds)
+            try:
+                batch = await asyncio.wait_for(self._online.get(), wait_s)
+            except TimeoutError:
+                is_due = True
+            else:
+                is_last = is_due = batch is None
+                if batch is not None:
+                    gathering.add(batch)
+                    is_due = (
+                        gathering.rows >= self._settings.append_rows
+                        or gathering.size >= self._settings.append_bytes
+                        or self._budget.is_spent
+                    )
+            if is_due and gathering.batches:
+                await self._append(Batch.merge(gathering.batches))
+                gathering = Gathering()
+
+    async def _append(self, batch: Batch) -> None:
+        path = None
+        if batch.next > batch.first:
+            path = await self._insist("offline", self._pools.offline, lambda: self._commit(batch))
+        self.end = batch.next
+        self._budget.give(batch.size)
+        self._outstanding -= batch.size
+        health = self._health
+        health.rows.labels(self._name).inc(batch.table.num_rows)
+        health.bytes.labels(self._name).inc(path.stat().st_size if path is not None else 0)
+        health.succeeded(self._name, OFFLINE, batch.produced_ms)
+        logger.debug(
+            "%s: appended [%d, %d): %d rows, %d rejected, %d skipped",
+            self._label,
+            batch.first,
+            batch.next,
+            batch.table.num_rows,
+            batch.rejected,
+            batch.skipped,
+        )
+
+    def _decode(self, pieces: list[Slice]) -> Batch:
+        """Slices that follow each other to columns. Pure but for the clock."""
+        records: list[Record] = [record for piece in pieces for record in piece.records]
+        decoded = self._decoder([record.value for record in records])
+        conformed = conform(
+            self.view.contract,
+            decoded.table,
+            now_us=time.time_ns() // 1000,
+            max_future_us=int(self._settings.max_skew_seconds * 1e6),
+            transform=self.view.transform,
+        )
+        rejects = decoded.rejects + [
+            Reject(int(decoded.rows[r.row]), r.reason, r.field, r.message) for r in conformed.rejects
+        ]
+        rejects.sort(key=lambda reject: reject.row)
+        accepted = decoded.rows[conformed.rows]
+        offsets = np.fromiter((record.offset for record in records), np.int64, len(records))
+        produced = np.fromiter((record.timestamp or 0 for record in records), np.int64, len(records))
+        skipped = len(decoded.skipped) + len(conformed.skipped)
+        self._count(len(records), len(accepted), rejects, skipped)
+        origin = (self._name, self.partition, self._topic_id)
+        return Batch(
+            first=pieces[0].first,
+            next=pieces[-1].next,
+            table=conformed.table,
+            offsets=offsets[accepted],
+            produced_ms=produced[accepted],
+            letters=[Letter(*origin, records[reject.row], reject) for reject in rejects],
+            skipped=skipped,
+            size=sum(piece.size for piece in pieces),
+            fetched_s=pieces[0].fetched_s,
+            rejected=len(rejects),
+        )
+
+    def _count(self, received: int, accepted: int, rejects: list[Reject], skipped: int) -> None:
+        health = self._health
+        health.received.labels(self._name).inc(received)
+        health.accepted.labels(self._name).inc(accepted)
+        health.skipped.labels(self._name).inc(skipped)
+        for reject in rejects:
+            health.rejected.labels(self._name, reject.reason.value).inc()
+
+    def _write_online(self, batch: Batch) -> int:
+        return self._stores.write_online(self.view, batch.table, self.epoch, self.partition.partition, batch.offsets)
+
+    def _commit(self, batch: Batch) -> Any:
+        present = self._stores.topic_id(self.partition.topic, batch.fetched_s)
+        if present is not None and self._topic_id is not None and present != self._topic_id:
+            raise TopicReplacedError(replaced(self.partition.topic, self._topic_id, present))
+        return self._ledger.append(
+            self.epoch,
+            batch.first,
+            batch.next,
+            batch.table.combine_chunks(),
+            accepted=batch.offsets,
+            rejected=batch.rejected,
+            skipped=batch.skipped,
+            topic_id=present or self._topic_id,
+            servers=batch.servers,
+            transform_hash=self.view.transform.hash if self.view.transform is not None else None,
+        )
+
+    async def _server_ids(self) -> tuple[str, ...]:
+        """The ids of the online servers before the write: what is written later is at least on these."""
+        now = time.monotonic()
+        if self._servers is None or now - self._servers_s > SERVERS_AGE_S:
+            self._servers = await self._insist("online", self._pools.online, self._stores.server_ids)
+            self._servers_s = now
+        return self._servers
+
+    async def _timed(self, step: str, pool: Executor, work: Callable[[], Result]) -> Result:
+        def measured() -> Result:
+            begun = time.perf_counter()
+            self._health.working.add(measured)
+            try:
+                result = work()
+            finally:
+                self._health.working.discard(measured)
+            self._health.steps.labels(self._name, step).observe(time.perf_counter() - begun)
+            return result
+
+        return await asyncio.get_running_loop().run_in_executor(pool, measured)
+
+    async def _insist(self, step: str, pool: Executor, work: Callable[[], Result]) -> Result:
+        """Do the work, again and again with growing pauses while it fails for a reason that may pass.
+
+        Raises:
+            LostRaceError, TerminalError: as the work raised it, at once.
+            StoreDownError: it failed for longer than the bound, or did not return within it.
+        """
+        key = (self._label, step)
+        pause_s = FIRST_PAUSE_S
+        deadline = time.monotonic() + self._settings.store_retry_seconds
+        while True:
+            try:
+                result = await self._once(key, deadline, asyncio.ensure_future(self._timed(step, pool, work)))
+            except (LostRaceError, TerminalError):
+                raise
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                self._fails(key, why)
+                if time.monotonic() + pause_s > deadline:
+                    raise StoreDownError(self._down(key, why)) from error
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            else:
+                if self._health.failing.pop(key, None) is not None:
+                    logger.info("%s: step %s works again", self._label, step)
+                return result
+
+    async def _once(self, key: tuple[str, str], deadline: float, call: asyncio.Future[Result]) -> Result:
+        """Wait for one try; tell of it when it takes long, and do not wait beyond the bound."""
+        while True:
+            done, _ = await asyncio.wait({call}, timeout=SLOW_S)
+            if done:
+                return call.result()
+            self._fails(key, f"no answer for more than {SLOW_S:g} s")
+            if time.monotonic() > deadline:
+                raise StoreDownError(self._down(key, "no answer"))
+
+    def _fails(self, key: tuple[str, str], why: str) -> None:
+        self._health.retries.labels(self._name, key[1]).inc()
+        if key not in self._health.failing:
+            logger.warning("%s: step %s fails, and is tried again: %s", *key, why)
+        self._health.failing[key] = why
+
+    def _down(self, key: tuple[str, str], why: str) -> str:
+        bound_s = self._settings.store_retry_seconds
+        return f"{key[0]}: step {key[1]} failed for {bound_s:g} s (HEADRACE_STORE_RETRY_SECONDS): {why}"
+
+
+class StoreDownError(TerminalError):
+    """A store failed for longer than the bound."""
+
+
+def replaced(topic: str, known: str | None, present: str | None) -> str:
+    """The message for a topic that was made anew."""
+    return (
+        f"topic `{topic}` was made anew: its id is {present}, the ledger is of {known}; if that is intended, run "
+        f"`faust -A streaming start --topic {topic} --new-epoch` and start the worker again"
+    )

@@ -1,0 +1,179 @@
+"""The settings of the stream, and what follows from them and the registry: topics, views, broker, group."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from feast import FeatureStore
+from pydantic import Field, SecretStr
+
+from headrace.contract import Transform, ViewContract, load_transform
+from headrace.errors import ConfigError
+from headrace.repository import contracts, open_store
+from headrace.settings import Settings, load
+
+MEBIBYTE = 1 << 20
+_LONGEST_GROUP = 120
+
+
+class StreamSettings(Settings):
+    """What the stream needs to know beyond the feature repository. Variables are these names after `HEADRACE_`.
+
+    Attributes:
+        broker: `host:port`, several separated by commas; overrides what the views say.
+        broker_timeout_seconds: how long to wait for the broker at start.
+        security_protocol, sasl_mechanism, sasl_username, sasl_password, tls_ca_file: how to log in to the broker.
+        session_seconds: the group's session timeout: how long a dead worker keeps its partitions.
+        append_seconds, append_rows, append_bytes: an append gathers slices until it is so old, or so large.
+        slice_records: the most records decoded in one go.
+        fetch_bytes: the most bytes fetched of a partition at a time.
+        in_flight_bytes: the bound on payload bytes that were fetched and not yet appended; fetching pauses there.
+        max_skew_seconds: how far ahead of the clock an event may be dated.
+        store_retry_seconds: how long a store or the dead-letter topic may fail before the worker gives up.
+        short_log_seconds: how long a log may be shorter than its ledger before its topic is stopped.
+        allow_gaps: whether to go on, with the gap recorded, where a topic lost events that were not read yet.
+        web_host, web_port: where `/healthz`, `/readyz` and `/metrics` are served.
+    """
+
+    broker: str = ""
+    broker_timeout_seconds: float = Field(default=10.0, gt=0, le=60)
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    sasl_username: str | None = None
+    sasl_password: SecretStr | None = None
+    tls_ca_file: Path | None = None
+    session_seconds: float = Field(default=30.0, ge=1, le=60)
+    append_seconds: float = Field(default=5.0, gt=0)
+    append_rows: int = Field(default=500_000, gt=0)
+    append_bytes: int = Field(default=128 * MEBIBYTE, gt=0)
+    slice_records: int = Field(default=20_000, gt=0)
+    fetch_bytes: int = Field(default=MEBIBYTE, gt=0)
+    in_flight_bytes: int = Field(default=256 * MEBIBYTE, gt=0)
+    max_skew_seconds: float = Field(default=300.0, ge=0)
+    store_retry_seconds: float = Field(default=120.0, gt=0)
+    short_log_seconds: float = Field(default=30.0, ge=0)
+    allow_gaps: bool = False
+    web_host: str = "127.0.0.1"
+    web_port: int = Field(default=6066, ge=1, le=65_535)
+
+
+@dataclass(frozen=True)
+class View:
+    """A view that the stream serves."""
+
+    contract: ViewContract
+    transform: Transform | None
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Settings and registry together, validated.
+
+    Attributes:
+        store: opened once to read the registry; the worker opens its own for writing.
+        views: the views of each topic, by topic; both sorted.
+        servers: the broker's bootstrap servers, `host:port` each.
+        group: the consumer group, from the project and the set of views.
+    """
+
+    settings: StreamSettings
+    store: FeatureStore
+    views: Mapping[str, tuple[View, ...]]
+    servers: tuple[str, ...]
+    group: str
+
+    @property
+    def bootstrap(self) -> str:
+        """The servers as Kafka clients want them."""
+        return ",".join(self.servers)
+
+    def views_of(self, topic: str) -> tuple[View, ...]:
+        """The views of one topic.
+
+        Raises:
+            ConfigError: no view names it.
+        """
+        if topic not in self.views:
+            known = ", ".join(f"`{name}`" for name in self.views)
+            msg = f"no feature view has the topic `{topic}`; those with a KafkaSource name: {known}"
+            raise ConfigError(msg)
+        return self.views[topic]
+
+
+def read_config() -> StreamConfig:
+    """Read settings and registry. Needs no broker.
+
+    Raises:
+        ConfigError: a setting, the repository or a view is wrong.
+    """
+    settings = load(StreamSettings)
+    store = open_store(settings.feature_repo)
+    wanted = contracts(store, settings.view_names)
+    without = [contract.name for contract in wanted if contract.topic is None]
+    if without and settings.view_names:
+        msg = (
+            f"feature view {_names(without)} of HEADRACE_VIEWS has no topic; give its source a KafkaSource, "
+            "or leave it out"
+        )
+        raise ConfigError(msg)
+    served = [contract for contract in wanted if contract.topic is not None]
+    if not served:
+        msg = f"no feature view of {settings.feature_repo} has a KafkaSource; the stream has nothing to read"
+        raise ConfigError(msg)
+    for contract in served:
+        if contract.message_format not in (None, "json"):
+            msg = (
+                f"feature view `{contract.name}`: its KafkaSource has the message format "
+                f"`{contract.message_format}`; expected JsonFormat"
+            )
+            raise ConfigError(msg)
+    views: dict[str, list[View]] = {}
+    for contract in served:
+        view = View(contract, load_transform(contract, settings.feature_repo))
+        views.setdefault(str(contract.topic), []).append(view)
+    return StreamConfig(
+        settings=settings,
+        store=store,
+        views={topic: tuple(views[topic]) for topic in sorted(views)},
+        servers=_servers(settings, served),
+        group=_group(store.project, [contract.name for contract in served]),
+    )
+
+
+def _servers(settings: StreamSettings, served: list[ViewContract]) -> tuple[str, ...]:
+    """The bootstrap servers: the setting, or what all views agree on."""
+    said = {_split(settings.broker)} if settings.broker else {_split(c.bootstrap_servers or "") for c in served}
+    if len(said) > 1:
+        each = "; ".join(f"`{c.name}`: {c.bootstrap_servers}" for c in served)
+        msg = f"the views name different kafka_bootstrap_servers ({each}); set HEADRACE_BROKER, or serve fewer views"
+        raise ConfigError(msg)
+    servers = said.pop()
+    if not servers:
+        msg = "no broker: set HEADRACE_BROKER to host:port, or kafka_bootstrap_servers of the views' KafkaSource"
+        raise ConfigError(msg)
+    for server in servers:
+        host, _, port = server.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+            msg = f"broker `{server}`: expected host:port, several separated by commas (HEADRACE_BROKER, or the views)"
+            raise ConfigError(msg)
+    return servers
+
+
+def _split(servers: str) -> tuple[str, ...]:
+    return tuple(sorted({part.strip() for part in servers.split(",") if part.strip()}))
+
+
+def _group(project: str, names: list[str]) -> str:
+    """One group for one set of views: workers that serve the same views share their partitions."""
+    group = "-".join(["headrace", project, *sorted(names)])
+    if len(group) > _LONGEST_GROUP:
+        group = f"headrace-{project}-{hashlib.sha256(group.encode()).hexdigest()[:16]}"
+    return group
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,253 @@
+"""Bulk delivery: Faust's transport, changed to hand an agent one event per slice of a partition.
+
+Faust delivers, acknowledges and schedules single records (8,000 to 13,000 a second, whatever the agent does). Here a
+fetch passes as a whole, as one `Slice`, and where a partition begins and what is committed are asked of an `Intake`.
+Overridden are private methods of Faust 0.15 and attributes of aiokafka 0.14: `tests/streaming/test_transport.py` holds
+them to what is used here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Protocol
+
+import aiokafka
+import faust
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.errors import IllegalStateError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP, ConsumerMessage
+
+from streaming.slices import Slice, TopicPartition
+
+FETCH_WAIT_MS = 250
+"""How long a broker may hold a fetch. A partition that was not in the fetch waits as long."""
+
+
+class Intake(Protocol):
+    """Who takes the slices, and knows where each partition begins."""
+
+    async def assign(self, generation: int, partitions: set[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """Begin an assignment: forget the former one, and return where each partition starts."""
+
+    async def release(self) -> None:
+        """End the assignment, finishing within a bound what can be finished."""
+
+    async def has_room(self, timeout_s: float) -> bool:
+        """Wait until more may be fetched; False if it may not after that time."""
+
+    def committable(self) -> Mapping[TopicPartition, int]:
+        """Where the ledgers end: the offsets to commit to the group."""
+
+    async def out_of_range(self, partition: TopicPartition) -> None:
+        """The log does not have the offset that was to be read."""
+
+
+class ForgetfulOffsets(dict[Any, Any]):
+    """Faust drops records below the last offset it read; after a seek back that would lose them. It reads None here."""
+
+    def __getitem__(self, key: Any) -> None:
+        return None
+
+
+class BulkThread(driver.AIOKafkaConsumerThread):
+    """The thread that talks to the broker."""
+
+    def _create_worker_consumer(self, transport: Any) -> aiokafka.AIOKafkaConsumer:
+        conf = self.app.conf
+        self._assignor = RoundRobinPartitionAssignor
+        return aiokafka.AIOKafkaConsumer(
+            client_id=conf.broker_client_id,
+            group_id=conf.id,
+            bootstrap_servers=driver.server_list(transport.url, transport.default_port),
+            partition_assignment_strategy=[RoundRobinPartitionAssignor],
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            max_poll_records=conf.broker_max_poll_records,
+            max_poll_interval_ms=int(conf.broker_max_poll_interval * 1000),
+            max_partition_fetch_bytes=conf.consumer_max_fetch_size,
+            fetch_max_wait_ms=FETCH_WAIT_MS,
+            request_timeout_ms=int(conf.broker_request_timeout * 1000),
+            session_timeout_ms=int(conf.broker_session_timeout * 1000),
+            rebalance_timeout_ms=int(conf.broker_rebalance_timeout * 1000),
+            heartbeat_interval_ms=int(conf.broker_heartbeat_interval * 1000),
+            isolation_level="read_committed",
+            metadata_max_age_ms=30_000,
+            **driver.credentials_to_aiokafka_auth(conf.broker_credentials, conf.ssl_context),
+        )
+
+    async def _fetch_records(
+        self,
+        consumer: aiokafka.AIOKafkaConsumer,
+        active_partitions: set[TP],
+        timeout: float | None = None,
+        max_records: int | None = None,
+    ) -> dict[TP, list[Slice]]:
+        """Fetch, and say of each partition from where to where."""
+        before = self._positions(consumer)
+        try:
+            records = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
+        except OffsetOutOfRangeError as error:
+            for tp in error.args[0]:
+                self.app.loop.call_soon_threadsafe(self._note_out_of_range, tp)
+            return {}
+        except NoOffsetForPartitionError:
+            # Of the moment between an assignment and the seek that follows each.
+            return {}
+        now = time.monotonic()
+        slices: dict[TP, list[Slice]] = {}
+        for tp, after in self._positions(consumer).items():
+            first = before.get(tp)
+            found = records.get(tp, ())
+            if first is not None and (found or after > first):
+                size = sum(len(r.value or b"") + len(r.key or b"") for r in found)
+                slices[tp] = [Slice(TopicPartition(*tp), first, after, found, size, now)]
+        return slices
+
+    def _note_out_of_range(self, tp: TP) -> None:
+        """In the main loop."""
+        intake: Intake = self.app.intake  # type: ignore[attr-defined]
+        self.app.add_future(intake.out_of_range(TopicPartition(*tp)))  # type: ignore[attr-defined]
+
+    @staticmethod
+    def _positions(consumer: aiokafka.AIOKafkaConsumer) -> dict[TP, int]:
+        subscription = consumer._subscription.subscription
+        assignment = subscription.assignment if subscription is not None else None
+        if assignment is None or not assignment.active:
+            return {}
+        states = {tp: assignment.state_value(tp) for tp in assignment.tps}
+        return {tp: state.position for tp, state in states.items() if state.has_valid_position}
+
+    async def hold(self, tp: TP) -> None:
+        """Stop fetching a partition."""
+        await self.call_thread(self._hold, tp)
+
+    async def move(self, tp: TP, offset: int) -> None:
+        """Fetch a partition from an offset on."""
+        await self.call_thread(self._move, tp, offset)
+
+    async def _hold(self, tp: TP) -> None:
+        consumer = self._ensure_consumer()
+        # A partition without a position would be looked up, in vain, at each fetch.
+        consumer.seek(tp, 0)
+        consumer.pause(aiokafka.TopicPartition(*tp))  # it takes its own tuples only
+
+    async def _move(self, tp: TP, offset: int) -> None:
+        consumer = self._ensure_consumer()
+        consumer.seek(tp, offset)
+        consumer.resume(aiokafka.TopicPartition(*tp))
+
+
+class BulkConsumer(driver.Consumer):
+    """Faust's consumer, which begins at the ledger's end and commits what the ledger has."""
+
+    _thread: BulkThread
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._read_offset = ForgetfulOffsets()
+        self._intake: Intake = self.app.intake  # type: ignore[attr-defined]
+
+    def _new_consumer_thread(self) -> BulkThread:
+        return BulkThread(self, loop=self.loop, beacon=self.beacon)
+
+    async def perform_seek(self) -> None:
+        """Called on each assignment, and when a fetch crossed a pause of the flow."""
+        partitions = {TopicPartition(*tp) for tp in self.assignment()}
+        starts = await self._intake.assign(self.app.consumer_generation_id, partitions)
+        assigned = self.assignment()
+        seeks = {TP(*partition): start for partition, start in starts.items()}
+        await self._thread.seek_wait({tp: start for tp, start in seeks.items() if tp in assigned})
+
+    async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> Any:
+        if not await self._intake.has_room(timeout):
+            return {}
+        return await super()._getmany(active_partitions, timeout)
+
+    def _to_message(self, tp: TP, record: Slice) -> ConsumerMessage:
+        return ConsumerMessage(
+            tp.topic,
+            tp.partition,
+            record.first,
+            time.time(),
+            0,
+            None,
+            None,
+            record,  # type: ignore[arg-type]
+            None,
+            -1,
+            -1,
+            tp,
+            generation_id=self.app.consumer_generation_id,
+        )
+
+    def track_message(self, message: Any) -> None:
+        """Nothing waits for acknowledgements: what is done is asked of the intake."""
+
+    def _filter_committable_offsets(self, tps: Iterable[TP]) -> dict[TP, int]:
+        ends = {TP(*tp): offset for tp, offset in self._intake.committable().items()}
+        return {tp: offset for tp, offset in ends.items() if self._should_commit(tp, offset)}
+
+    async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
+        """Gaps are seen by position, not by offset."""
+
+    def verify_event_path(self, now: float, tp: TP) -> None:
+        """Faust's check counts single records; `/healthz` looks at the coordinator and the assignment instead."""
+
+    async def on_partitions_revoked(self, revoked: set[TP]) -> None:
+        """Append what can be appended, commit, and only then let Faust forget."""
+        await self._intake.release()
+        await self.commit()
+        await super().on_partitions_revoked(revoked)
+
+    async def on_stop(self) -> None:
+        """The same when the worker stops."""
+        await self._intake.release()
+        await super().on_stop()
+
+    async def hold(self, partition: TopicPartition) -> None:
+        """Stop fetching a partition; nothing if it is not ours any more."""
+        await self._if_assigned(self._thread.hold(TP(*partition)))
+
+    async def move(self, partition: TopicPartition, offset: int) -> None:
+        """Fetch a partition from an offset on; nothing if it is not ours any more."""
+        await self._if_assigned(self._thread.move(TP(*partition), offset))
+
+    def high_water(self, partition: TopicPartition) -> int | None:
+        """The end of the log as last heard; None if not heard yet."""
+        try:
+            high: int | None = self._thread._ensure_consumer().highwater(TP(*partition))
+        except (IllegalStateError, faust.exceptions.FaustError, AssertionError):
+            return None
+        return high
+
+    def coordinator_failed(self) -> bool:
+        """Whether aiokafka's coordinator ended while the worker runs: nothing would ever come again."""
+        kafka = self._thread._consumer
+        task = getattr(getattr(kafka, "_coordinator", None), "_coordination_task", None)
+        return task is not None and task.done() and not self.should_stop
+
+    async def _if_assigned(self, moving: Any) -> None:
+        try:
+            await moving
+        except (IllegalStateError, KafkaError) as error:
+            self.log.info("partition moved meanwhile: %s", error)
+
+
+class BulkTransport(driver.Transport):
+    """Faust's transport with our consumer."""
+
+    Consumer: ClassVar[type[Any]] = BulkConsumer
+
+
+class BulkSchema(faust.Schema[Any, Any]):
+    """Slices pass as they are."""
+
+    def loads_key(self, app: Any, message: Any, *, loads: Any = None, serializer: Any = None) -> Any:
+        """None."""
+        return message.key
+
+    def loads_value(self, app: Any, message: Any, *, loads: Any = None, serializer: Any = None) -> Any:
+        """The slice."""
+        return message.value

@@ -1,0 +1,300 @@
+"""The app and its worker: what Faust runs, checked before it starts, and ended in one piece.
+
+`create_app` needs no broker. The worker looks at broker, topics, stores and its port before anything starts, so
+that what is missing is told in one line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import faust
+from faust.web.views import View as WebView
+
+from headrace.errors import ConfigError, HeadraceError, TransientError
+from headrace.online import server_ids
+from headrace.repository import open_store
+from streaming import commands  # noqa: F401 - registers `emit` and `start` with Faust's command line
+from streaming.broker import Broker, require_login
+from streaming.deadletters import topic_of
+from streaming.health import OFFLINE, ONLINE, Health
+from streaming.intake import StreamIntake
+from streaming.settings import StreamConfig, StreamSettings, read_config
+from streaming.transport import BulkSchema, BulkTransport
+
+try:
+    import uvloop
+except ImportError:  # pragma: no cover - not on every platform
+    uvloop = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+UNBOUNDED_POLL_S = 1e8
+"""Never 0 or None, and never small: after it aiokafka leaves the group for good, though the worker is only busy."""
+
+LONGEST_REBALANCE_S = 180.0
+
+
+class HeadraceWorker(faust.Worker):
+    """Faust's worker, which looks before it starts, and says in one line why it does not, or ends."""
+
+    def execute_from_commandline(self) -> NoReturn:
+        """Run until a signal or a fatal fault; the exit code is 0 only after a signal."""
+        app: Any = self.app
+        try:
+            check(app.config, web=app.conf.web_enabled, port=app.conf.web_port, host=app.conf.web_bind)
+        except HeadraceError as error:
+            give_up(error)
+        try:
+            super().execute_from_commandline()
+        except SystemExit as ending:
+            app.intake.close()
+            if app.fatal is not None:
+                sys.stderr.write(f"headrace: {app.fatal}\n")
+                ending.code = 1
+            if app.health.working:
+                # Python would wait for the thread of a store that hangs. What it does is repeated or does no harm.
+                logging.shutdown()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(ending.code if isinstance(ending.code, int) else 0)
+            raise
+
+
+class HeadraceApp(faust.App):
+    """The Faust app with our transport, and with what the parts share."""
+
+    def __init__(self, config: StreamConfig, **options: Any) -> None:
+        self.config = config
+        self.health = Health()
+        self.intake = StreamIntake(config, self.health, self.fail)
+        self.fatal: BaseException | None = None
+        self.rebalancing_since_s: float | None = None
+        super().__init__(config.group, **options)
+
+    def fail(self, error: BaseException) -> None:
+        """End the worker: nothing more is committed, the exit code is not 0. Of the event loop; returns at once."""
+        if self.fatal is None:
+            self.fatal = error
+            logger.critical("the worker ends: %s", error)
+            self.add_future(self._fail(error))
+
+    async def _fail(self, error: BaseException) -> None:
+        await self.crash(Exception(str(error)) if not isinstance(error, Exception) else error)
+
+    def on_rebalance_start(self) -> None:
+        """Note when."""
+        self.rebalancing_since_s = time.monotonic()
+        super().on_rebalance_start()
+
+    def on_rebalance_end(self) -> None:
+        """Note that it is over."""
+        self.rebalancing_since_s = None
+        super().on_rebalance_end()
+
+    def _new_consumer(self) -> Any:
+        consumer: Any = super()._new_consumer()
+        self.intake.mover = consumer
+        return consumer
+
+    def _new_transport(self) -> BulkTransport:
+        return BulkTransport(self.conf.broker_consumer, self)
+
+    def _create_directories(self) -> None:
+        """Faust's tables want folders; there are no tables."""
+
+    def worker_init(self) -> None:
+        """Choose the event loop, before there is one."""
+        if uvloop is not None:
+            asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+        super().worker_init()
+
+
+def create_app() -> HeadraceApp:
+    """Build the app from the settings and the registry.
+
+    Raises:
+        ConfigError: a setting, the repository or a view is wrong.
+    """
+    config = read_config()
+    settings = config.settings
+    app = HeadraceApp(
+        config,
+        broker=";".join(f"kafka://{server}" for server in config.servers),
+        broker_credentials=_credentials(settings),
+        broker_max_poll_interval=UNBOUNDED_POLL_S,
+        broker_max_poll_records=settings.slice_records,
+        broker_commit_interval=1.0,
+        broker_session_timeout=settings.session_seconds,
+        broker_heartbeat_interval=min(3.0, settings.session_seconds / 4),
+        broker_rebalance_timeout=60.0,
+        consumer_max_fetch_size=settings.fetch_bytes,
+        stream_buffer_maxsize=64,
+        stream_wait_empty=False,
+        topic_disable_leader=True,
+        topic_allow_declare=False,
+        table_standby_replicas=0,
+        producer_request_timeout=settings.broker_timeout_seconds,
+        web_bind=settings.web_host,
+        web_host=settings.web_host,
+        web_port=settings.web_port,
+        web_tables_enabled=False,
+        web_stats_enabled=False,
+        web_graph_enabled=False,
+        web_router_enabled=False,
+        worker_redirect_stdouts=False,
+        Worker=HeadraceWorker,
+    )
+    topic = app.topic(*config.views, schema=BulkSchema())
+
+    @app.agent(topic, name="ingest")
+    async def ingest(stream: Any) -> None:
+        """Hand each slice to its lanes. No exception may leave this body: Faust would acknowledge and lose events."""
+        async for event in stream.noack().events():
+            try:
+                app.intake.deliver(event.value, event.message.generation_id)
+            except Exception as error:  # noqa: BLE001 - see above
+                app.fail(error)
+
+    _add_pages(app)
+    return app
+
+
+def check(config: StreamConfig, *, web: bool, host: str, port: int) -> None:
+    """Look at what the worker needs, and create the dead-letter topics. Blocking, bounded.
+
+    Raises:
+        HeadraceError: something is missing; the message says what to do.
+    """
+    if web:
+        _check_port(host, port)
+    broker = Broker(config)
+    present = broker.partitions()
+    missing = [topic for topic in config.views if topic not in present]
+    if missing:
+        names = ", ".join(f"`{topic}`" for topic in missing)
+        msg = (
+            f"broker {config.bootstrap} has no topic {names}; create it, or correct the topic of its view's KafkaSource"
+        )
+        raise ConfigError(msg)
+    for topic in config.views:
+        if topic_of(topic) not in present:
+            broker.create_topic(topic_of(topic), present[topic])
+    store = open_store(config.settings.feature_repo)
+    try:
+        server_ids(store)
+    except Exception as error:
+        kind = store.config.online_store.type
+        why = f"{type(error).__name__}: {error}"
+        msg = f"the online store ({kind}) does not answer: {why}; start it, or correct feature_store.yaml"
+        raise TransientError(msg) from error
+    for views in config.views.values():
+        for view in views:
+            folder = view.contract.directory
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                msg = f"feature view `{view.contract.name}`: its folder {folder} cannot be made: {error.strerror}"
+                raise ConfigError(msg) from error
+
+
+def give_up(error: BaseException) -> NoReturn:
+    """One line to the person, and a non-zero exit."""
+    sys.stderr.write(f"headrace: {error}\n")
+    sys.stderr.flush()
+    raise SystemExit(1)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            msg = f"the worker's pages cannot be served on {host}:{port}: {error.strerror}; set HEADRACE_WEB_PORT"
+            raise ConfigError(msg) from error
+
+
+def _credentials(settings: StreamSettings) -> Any:
+    protocol = settings.security_protocol
+    if protocol == "PLAINTEXT":
+        return None
+    context = ssl.create_default_context(cafile=settings.tls_ca_file) if protocol.endswith("SSL") else None
+    if protocol == "SSL":
+        return faust.SSLCredentials(context)
+    require_login(settings)
+    password = settings.sasl_password.get_secret_value() if settings.sasl_password is not None else ""
+    return faust.SASLCredentials(
+        username=settings.sasl_username,
+        password=password,
+        mechanism=settings.sasl_mechanism,
+        ssl_context=context,
+    )
+
+
+def _add_pages(app: HeadraceApp) -> None:
+    """`/healthz`: restart me if this fails. `/readyz`: I take events and both stores take them. `/metrics`."""
+
+    @app.page("/healthz")
+    async def healthz(self: WebView, request: Any) -> Any:
+        faults = liveness_faults(app)
+        return self.json({"ok": not faults, "faults": faults}, status=503 if faults else 200)
+
+    @app.page("/readyz")
+    async def readyz(self: WebView, request: Any) -> Any:
+        faults = readiness_faults(app)
+        return self.json({"ok": not faults, "faults": faults, **state(app)}, status=503 if faults else 200)
+
+    @app.page("/metrics")
+    async def metrics(self: WebView, request: Any) -> Any:
+        return self.bytes(app.health.exposition(), content_type="text/plain")
+
+
+def liveness_faults(app: HeadraceApp) -> list[str]:
+    """What only a restart can cure."""
+    faults: list[str] = []
+    if app.fatal is not None:
+        faults.append(f"ending: {app.fatal}")
+    failed: Callable[[], bool] | None = getattr(app.intake.mover, "coordinator_failed", None)
+    if failed is not None and failed():
+        faults.append("the group coordinator's task has ended")
+    since = app.rebalancing_since_s
+    if since is not None and time.monotonic() - since > LONGEST_REBALANCE_S:
+        faults.append(f"rebalancing for {time.monotonic() - since:.0f} s")
+    return faults
+
+
+def readiness_faults(app: HeadraceApp) -> list[str]:
+    """What keeps events from reaching both stores now. A worker without partitions is a spare, and ready."""
+    faults = liveness_faults(app) + app.intake.faults()
+    if app.rebalancing or not (app.intake.has_begun or app.unassigned):
+        faults.append("waiting for the group's assignment")
+    return faults
+
+
+def state(app: HeadraceApp) -> dict[str, Any]:
+    """Where the worker is: ledgers, lag, freshness."""
+    partitions = [
+        {"view": view, "topic": topic, "partition": number, "ledger_end": end, "lag": lag}
+        for (view, topic, number), (end, lag) in sorted(app.health.partitions.source().items())
+    ]
+    freshness = {
+        view.contract.name: {
+            store: {
+                "p50_s": app.health.freshness.quantile(view.contract.name, store, 0.50),
+                "p99_s": app.health.freshness.quantile(view.contract.name, store, 0.99),
+            }
+            for store in (ONLINE, OFFLINE)
+        }
+        for views in app.config.views.values()
+        for view in views
+    }
+    return {"group": app.config.group, "partitions": partitions, "freshness": freshness}

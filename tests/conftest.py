@@ -1,0 +1,191 @@
+"""Fixtures: real servers shared by a test session, and feature repositories of a test's own.
+
+With `HEADRACE_REQUIRE_ALL=1` a skipped test is a failed one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Literal, Protocol
+
+import pytest
+
+from tests.servers import (
+    Kafka,
+    MockBroker,
+    UnavailableError,
+    Valkey,
+    copy_repository,
+    environment,
+    feast_apply,
+    use_valkey,
+)
+
+REQUIRE_ALL = os.environ.get("HEADRACE_REQUIRE_ALL") == "1"
+
+OnlineStore = Literal["sqlite", "valkey"]
+
+
+class TopicFactory(Protocol):
+    """Make a topic on the real Kafka; its name is the prefix with a unique ending."""
+
+    def __call__(self, prefix: str = "topic", /, *, partitions: int = 4) -> str: ...
+
+
+class RepositoryFactory(Protocol):
+    """Copy `feature_repo/`, change it as asked, and apply it.
+
+    Args:
+        online: the online store; `valkey` starts the shared server and uses a database of it that was empty.
+        replace: texts to replace in `definitions.py`, old to new; each must be there.
+        apply: whether to run `feast apply`.
+    """
+
+    def __call__(
+        self,
+        online: OnlineStore = "sqlite",
+        /,
+        *,
+        replace: dict[str, str] | None = None,
+        apply: bool = True,
+    ) -> Path: ...
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turn skips into failures where everything is required (an expected failure stays one)."""
+    report = yield
+    if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"HEADRACE_REQUIRE_ALL=1 and {item.nodeid} was skipped: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same for whole modules that skip themselves."""
+    report = yield
+    if REQUIRE_ALL and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"HEADRACE_REQUIRE_ALL=1 and {collector.nodeid} was skipped: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def kafka_server() -> Iterator[Kafka]:
+    """A real Apache Kafka, one broker, shared by the session: stop it, freeze it, but leave it running."""
+    try:
+        with Kafka() as server:
+            yield server
+    except UnavailableError as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture
+def kafka(kafka_server: Kafka) -> str:
+    """`host:port` of the shared Apache Kafka."""
+    return kafka_server.start().address
+
+
+@pytest.fixture(scope="session")
+def valkey_server() -> Iterator[Valkey]:
+    """A real Valkey, shared by the session, with enough databases for one a test."""
+    try:
+        with Valkey(("--databases", "1000")) as server:
+            yield server
+    except UnavailableError as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture
+def valkey(valkey_server: Valkey) -> str:
+    """`host:port` of the shared Valkey."""
+    return valkey_server.start().address
+
+
+@pytest.fixture(scope="session")
+def valkey_databases() -> Iterator[int]:
+    """Numbers of databases of the shared Valkey that no test has used; 0 is left to those that name none."""
+    return iter(range(1, 1000))
+
+
+@pytest.fixture(scope="session")
+def mock_broker() -> Iterator[str]:
+    """`host:port` of the embedded broker: four partitions a topic, made when first asked for."""
+    with MockBroker() as server:
+        yield server.address
+
+
+@pytest.fixture
+def topic(kafka_server: Kafka) -> TopicFactory:
+    """A function that makes a new topic on the real Kafka and returns its name."""
+
+    def make(prefix: str = "topic", /, *, partitions: int = 4) -> str:
+        return kafka_server.start().create_topic(f"{prefix}-{uuid.uuid4().hex[:8]}", partitions=partitions)
+
+    return make
+
+
+@pytest.fixture
+def feature_repo_copy(tmp_path: Path, request: pytest.FixtureRequest, applied_repository: Path) -> RepositoryFactory:
+    """A function that gives a separate, complete feature repository, with its data, under `tmp_path`."""
+
+    def copy(
+        online: OnlineStore = "sqlite",
+        /,
+        *,
+        replace: dict[str, str] | None = None,
+        apply: bool = True,
+    ) -> Path:
+        home = tmp_path / f"repo-{uuid.uuid4().hex[:6]}"
+        repo = home / "feature_repo"
+        is_applied = apply and not replace
+        if is_applied:
+            # The registry does not depend on the online store, and `apply` makes nothing in Redis.
+            shutil.copytree(applied_repository.parent, home)
+        else:
+            copy_repository(repo)
+        if online == "valkey":
+            server: Valkey = request.getfixturevalue("valkey_server").start()
+            use_valkey(repo, server.address, next(request.getfixturevalue("valkey_databases")))
+        if is_applied:
+            return repo
+        definitions = repo / "definitions.py"
+        text = definitions.read_text(encoding="utf-8")
+        for old, new in (replace or {}).items():
+            if old not in text:
+                raise ValueError(f"{old!r} is not in feature_repo/definitions.py")
+            text = text.replace(old, new)
+        definitions.write_text(text, encoding="utf-8")
+        if apply:
+            feast_apply(repo)
+        return repo
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def applied_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository on the embedded defaults, applied once a session; copies of it start in a moment."""
+    repo = tmp_path_factory.mktemp("applied") / "feature_repo"
+    copy_repository(repo)
+    feast_apply(repo)
+    return repo
+
+
+EnvironmentFactory = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def worker_environment() -> EnvironmentFactory:
+    """A function that gives the environment of a Headrace process; see `tests.servers.environment`."""
+    return environment

@@ -1,0 +1,294 @@
+"""Chains, days and the ledger: what is valid, where a chain ends, and who may extend it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+import headrace
+from headrace.chains import (
+    Chain,
+    Folder,
+    StreamLedger,
+    accepted_offsets,
+    content_hash,
+    day_files,
+    derive,
+    push,
+    replace_day,
+)
+from headrace.contract import ViewContract
+from headrace.errors import ChainClosedError, LedgerError, LostRaceError
+from headrace.segments import (
+    DayName,
+    Footer,
+    SegmentName,
+    create,
+    new_append_id,
+    parse_name,
+    parse_stream_chain,
+    read_footer,
+)
+from tests.headrace.views import config, rows, view
+
+DAY = date(2026, 1, 31)
+
+
+@pytest.fixture
+def contract(tmp_path: Path) -> ViewContract:
+    return ViewContract.from_feast(view()[1], config(tmp_path))
+
+
+def some(contract: ViewContract, *ids: int) -> pa.Table:
+    return rows(contract, [{"id": n, "value": n / 2, "count": n, "at": n, "made": n} for n in ids])
+
+
+def offsets(*numbers: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    return np.array(numbers, dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("stream-a-b.c-12-3-0-00000000000000000007.parquet", SegmentName("stream-a-b.c-12-3", 0, 7)),
+        ("push-0-00000000000000000000.parquet", SegmentName("push", 0, 0)),
+        ("replay-a-1-2-00000000000000000009.parquet", SegmentName("replay-a-1", 2, 9)),
+        ("batch-2026-01-31-00001795478885877800.parquet", DayName(DAY, 1795478885877800)),
+        ("batch-2026-02-31-00001795478885877800.parquet", None),
+        ("part-0.parquet", None),
+        (".push-0-00000000000000000000.parquet.x.tmp", None),
+        ("stream-a-1-1-7-00000000000000000000.parquet", None),
+    ],
+)
+def test_names_are_read_from_the_right(name: str, meaning: SegmentName | DayName | None) -> None:
+    assert parse_name(name) == meaning
+    if meaning is not None:
+        assert str(meaning) == name
+    if isinstance(meaning, SegmentName) and name.startswith("stream"):
+        assert parse_stream_chain(meaning.chain) == ("a-b.c", 12, 3)
+
+
+def chain_of(*files: tuple[int, int, int]) -> Chain:
+    """Files as (level, first, next)."""
+    footers = {SegmentName("push", level, first): Footer(next=end) for level, first, end in files}
+    return derive("push", footers, footers.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("files", "valid", "end"),
+    [
+        ([], [], 0),
+        ([(0, 0, 5), (0, 5, 9)], [(0, 0), (0, 5)], 9),
+        ([(0, 0, 5), (0, 5, 9), (1, 0, 5)], [(1, 0), (0, 5)], 9),
+        ([(0, 5, 9), (1, 0, 5)], [(1, 0), (0, 5)], 9),
+        ([(0, 9, 12), (1, 0, 5), (1, 5, 9), (2, 0, 5)], [(2, 0), (1, 5), (0, 9)], 12),
+        ([(0, 3, 4), (0, 9, 12), (1, 0, 9)], [(1, 0), (0, 9)], 12),  # a frozen writer's, void
+        ([(0, 9, 12), (2, 0, 9), (3, 0, 9)], [(3, 0), (0, 9)], 12),
+    ],
+)
+def test_covered_files_do_not_count(files: list[tuple[int, int, int]], valid: list[tuple[int, int]], end: int) -> None:
+    chain = chain_of(*files)
+    assert [(s.level, s.first) for s in chain.valid] == valid
+    assert chain.end == end
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [([(0, 0, 5), (0, 6, 9)], "a hole"), ([(0, 0, 5), (0, 4, 9)], "an overlap"), ([(0, 0, 0)], "not beyond")],
+)
+def test_a_fault_is_named(files: list[tuple[int, int, int]], message: str) -> None:
+    with pytest.raises(LedgerError, match=message):
+        chain_of(*files)
+
+
+def test_an_append_is_the_commit(contract: ViewContract) -> None:
+    ledger = StreamLedger(contract, "events", 0)
+    assert not ledger.end().exists
+    path = ledger.append(
+        0, 0, 10, some(contract, 1, 2, 3), accepted=offsets(0, 4, 9), rejected=6, skipped=1, topic_id="t", servers=["s"]
+    )
+    end = ledger.end()
+    assert (end.epoch, end.end, end.topic_id, end.servers) == (0, 10, "t", ("s",))
+    assert accepted_offsets(path).tolist() == [0, 4, 9]
+    footer = read_footer(path)
+    assert (footer.rejected, footer.skipped, footer.max_us - footer.min_us) == (6, 1, 2)  # type: ignore[operator]
+    ledger.append(0, 10, 12, None, accepted=offsets(), rejected=2)
+    assert ledger.end().end == 12
+
+
+def test_a_segment_is_plain_parquet_of_exactly_the_views_columns(contract: ViewContract) -> None:
+    path = push(contract, some(contract, 1, 2))
+    assert path is not None
+    assert pq.read_table(path).schema.equals(contract.schema)
+    assert set(pq.read_metadata(path).metadata) == {b"headrace"}
+    assert ds.dataset(contract.directory).to_table().num_rows == 2
+
+
+def test_of_two_writers_one_loses(contract: ViewContract) -> None:
+    first, second = StreamLedger(contract, "events", 0), StreamLedger(contract, "events", 0)
+    first.append(0, 0, 4, some(contract, 1), accepted=offsets(3))
+    with pytest.raises(LostRaceError) as lost:
+        second.append(0, 0, 9, some(contract, 1), accepted=offsets(3))
+    assert lost.value.end == 4
+    assert ds.dataset(headrace.files(contract)).to_table().num_rows == 1
+
+
+def test_racing_writers_lose_no_row_and_double_none(contract: ViewContract) -> None:
+    def write(base: int) -> None:
+        for number in range(20):
+            push(contract, some(contract, base + number))
+
+    threads = [threading.Thread(target=write, args=(base,)) for base in (0, 100, 200, 300)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = sorted(ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist())
+    assert found == sorted(base + n for base in (0, 100, 200, 300) for n in range(20))
+    assert Folder(contract.directory).chain("push").end == 80
+
+
+def test_an_append_below_a_higher_level_is_void(contract: ViewContract) -> None:
+    ledger = StreamLedger(contract, "events", 0)
+    ledger.append(0, 0, 4, some(contract, 1), accepted=offsets(0))
+    ledger.append(0, 4, 8, some(contract, 2), accepted=offsets(5))
+    folder = Folder(contract.directory)
+    merged = SegmentName("stream-events-0-0", 1, 0)
+    create(folder.path_of(merged), some(contract, 1), Footer(next=4, append=new_append_id()), offsets(0))
+    folder.path_of(SegmentName("stream-events-0-0", 0, 0)).unlink()  # covered, and its grace is over
+    with pytest.raises(LostRaceError) as lost:  # a writer that slept since before all this
+        ledger.append(0, 0, 3, some(contract, 9), accepted=offsets(1))
+    assert lost.value.end == 8
+    assert ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist() == [1, 2]
+
+
+def test_a_repeated_append_of_the_same_id_is_a_success(contract: ViewContract, tmp_path: Path) -> None:
+    note = Footer(next=1, append=new_append_id())
+    assert create(tmp_path / "push-0-00000000000000000000.parquet", some(contract, 1), note)
+    assert create(tmp_path / "push-0-00000000000000000000.parquet", some(contract, 1), note)
+    other = Footer(next=1, append=new_append_id())
+    assert not create(tmp_path / "push-0-00000000000000000000.parquet", some(contract, 1), other)
+
+
+def test_the_arguments_of_an_append_must_agree(contract: ViewContract) -> None:
+    ledger = StreamLedger(contract, "events", 0)
+    for first, end, accepted in ((0, 0, offsets()), (0, 5, offsets(5)), (2, 5, offsets(1)), (0, 5, offsets())):
+        with pytest.raises(ValueError, match=r"expected first < next|do not belong"):
+            ledger.append(0, first, end, some(contract, 1), accepted=accepted)
+
+
+def test_beginning_in_the_middle(contract: ViewContract) -> None:
+    ledger = StreamLedger(contract, "events", 1)
+    assert ledger.begin(0, "t").end == 0
+    assert ledger.begin(70, "t").end == ledger.begin(70, "t").end == ledger.end().end == 70
+    assert read_footer(headrace.files(contract)[0]).mark == "before"
+    with pytest.raises(LostRaceError, match="ends at 70, not at 80"):
+        ledger.begin(80, "t")
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_a_closed_epoch_is_followed_by_the_next(contract: ViewContract, start: int) -> None:
+    ledger = StreamLedger(contract, "events", 0)
+    ledger.append(0, 0, 4, some(contract, 1), accepted=offsets(0), topic_id="old")
+    for _ in range(2):
+        end = ledger.close("new", start)
+        assert (end.epoch, end.end, end.topic_id) == (1, start, "new")
+    with pytest.raises(ChainClosedError, match="closed at 4"):
+        ledger.append(0, 4, 5, None, accepted=offsets())
+    ledger.append(1, start, start + 2, some(contract, 2), accepted=offsets(start), topic_id="new")
+    assert (ledger.end().epoch, ledger.end().end) == (1, start + 2)
+    assert ledger.close("new", 0).epoch == 1
+    assert ledger.close("newer", 0).epoch == 2
+
+
+def test_the_successor_of_a_closed_epoch_is_made_by_whoever_finds_it(contract: ViewContract) -> None:
+    ledger = StreamLedger(contract, "events", 0)
+    ledger.append(0, 0, 4, some(contract, 1), accepted=offsets(0), topic_id="old")
+    ledger.close("new", 7)
+    folder = Folder(contract.directory)
+    folder.path_of(SegmentName("stream-events-0-1", 0, 0)).unlink()  # as if the closer had died in between
+    assert (ledger.end().epoch, ledger.end().end) == (1, 7)
+    assert folder.chain("stream-events-0-1").end == 7
+
+
+def test_a_day_is_replaced_at_once(contract: ViewContract) -> None:
+    first = replace_day(contract, DAY, some(contract, 1, 2), footer={"note": "first"})
+    assert replace_day(contract, DAY, some(contract, 1, 2)) == first
+    second = replace_day(contract, DAY, some(contract, 1, 3))
+    assert second.snapshot > first.snapshot
+    assert [path.name for path in sorted(contract.directory.iterdir())] == [second.path.name]
+    assert day_files(contract)[DAY] == second
+    assert ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist() == [1, 3]
+    assert replace_day(contract, DAY, some(contract)).rows == 0
+
+
+def test_an_older_snapshot_that_outlived_a_crash_does_not_count(contract: ViewContract) -> None:
+    newest = replace_day(contract, DAY, some(contract, 1))
+    stale = contract.directory / str(DayName(DAY, newest.snapshot - 1))
+    create(stale, some(contract, 9), Footer(next=1, append=new_append_id(), extra={"content_hash": "x"}))
+    assert headrace.files(contract) == [newest.path]
+    replace_day(contract, DAY, some(contract, 1))
+    assert not stale.exists()
+
+
+def test_the_content_hash_is_of_values_in_order(contract: ViewContract) -> None:
+    table = some(contract, 1, 2, 3)
+    assert content_hash(table) == content_hash(pa.concat_tables([table[:1], table[1:]]))
+    assert content_hash(table) != content_hash(table.take([2, 1, 0]))
+    assert content_hash(table) != content_hash(rows(contract, [{"id": 1}, {"id": 2}, {"id": 3}]))
+
+
+def test_files_of_others_are_left_alone(contract: ViewContract) -> None:
+    push(contract, some(contract, 1))
+    (contract.directory / "notes.parquet").write_bytes(b"not parquet at all")
+    (contract.directory / "README").write_text("mine")
+    assert len(headrace.files(contract)) == 1
+
+
+def test_a_truncated_segment_is_named(contract: ViewContract) -> None:
+    path = push(contract, some(contract, 1))
+    assert path is not None
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(LedgerError, match=path.name):
+        headrace.files(contract)
+
+
+CRASHER = """
+import sys
+from pathlib import Path
+from tests.headrace.test_chains import *
+contract = ViewContract.from_feast(view()[1], config(Path(sys.argv[1])))
+number = Folder(contract.directory).chain("push").end
+print("ready", flush=True)
+while True:
+    push(contract, some(contract, number))
+    number += 1
+"""
+
+
+def test_kill_minus_nine_leaves_whole_segments(contract: ViewContract, tmp_path: Path) -> None:
+    random = np.random.default_rng(7)
+    for _ in range(4):
+        with subprocess.Popen(
+            [sys.executable, "-c", CRASHER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            try:
+                process.wait(timeout=0.2 + random.random() * 0.2)
+            except subprocess.TimeoutExpired:
+                os.kill(process.pid, signal.SIGKILL)
+    found = ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist()
+    assert sorted(found) == list(range(len(found)))
+    assert len(found) > 20

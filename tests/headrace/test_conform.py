@@ -1,0 +1,204 @@
+"""What conforms to a view, what does not, and what is said of it."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from feast import Field
+from feast.types import Array, Bool, Float32, Int32, Int64, String
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.conform import Reason, conform, parse_timestamps
+from headrace.contract import Rule, Transform, ViewContract
+from headrace.errors import ConfigError
+from tests.headrace.views import config, view
+
+EARLY, LATE = datetime(1900, 1, 1), datetime(2200, 1, 1)  # noqa: DTZ001 - Hypothesis wants naive bounds
+NOW_US = 1_800_000_000_000_000
+FEATURES = [
+    Field(name="rate", dtype=Float32, tags={"ge": "0", "le": "1", "nullable": "false"}),
+    Field(name="trips", dtype=Int32, tags={"ge": "0"}),
+    Field(name="kind", dtype=String, tags={"isin": "a, b", "nullable": "true"}),
+]
+GOOD: dict[str, Any] = {
+    "id": 1,
+    "rate": 0.5,
+    "trips": 3,
+    "kind": "a",
+    "at": "2026-01-31 12:00:00",
+    "made": "2026-01-31T12:00:00.25+01:00",
+}
+
+
+@pytest.fixture
+def contract(tmp_path: Path) -> ViewContract:
+    return ViewContract.from_feast(view(features=FEATURES)[1], config(tmp_path))
+
+
+def table(*rows: dict[str, Any]) -> pa.Table:
+    return pa.Table.from_pylist([{**GOOD, **row} for row in rows])
+
+
+def test_a_good_row_is_cast_to_the_schema(contract: ViewContract) -> None:
+    done = conform(contract, table({}), now_us=NOW_US, max_future_us=0)
+    assert done.rejects == []
+    assert done.table.schema == contract.schema
+    assert done.table.to_pylist() == [
+        {
+            "id": 1,
+            "rate": 0.5,
+            "trips": 3,
+            "kind": "a",
+            "at": datetime(2026, 1, 31, 12, tzinfo=UTC),
+            "made": datetime(2026, 1, 31, 11, 0, 0, 250_000, tzinfo=UTC),
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "field", "message"),
+    [
+        ({"id": None}, Reason.NULL, "id", "must not be null"),
+        ({"at": None}, Reason.NULL, "at", "must not be null"),
+        ({"rate": None}, Reason.NULL, "rate", "must not be null"),
+        ({"rate": 1.5}, Reason.OUT_OF_RANGE, "rate", "expected >= 0 and <= 1, found 1.5"),
+        ({"rate": float("nan")}, Reason.OUT_OF_RANGE, "rate", "found nan"),
+        ({"trips": -1}, Reason.OUT_OF_RANGE, "trips", "expected >= 0, found -1"),
+        ({"trips": 2**31}, Reason.WRONG_TYPE, "trips", "expected int32, found 2147483648"),
+        ({"kind": "c"}, Reason.OUT_OF_RANGE, "kind", "expected one of a, b, found 'c'"),
+        ({"at": "yesterday"}, Reason.BAD_TIMESTAMP, "at", "found 'yesterday'"),
+        ({"at": "2026-02-30 00:00:00"}, Reason.BAD_TIMESTAMP, "at", "found '2026-02-30"),
+        ({"at": "2026-01-31"}, Reason.BAD_TIMESTAMP, "at", "found '2026-01-31'"),
+        ({"at": "2027-01-15 08:00:01"}, Reason.FUTURE_EVENT, "at", "ahead of the clock"),
+    ],
+)
+def test_one_bad_row_goes_alone(
+    contract: ViewContract, fault: dict[str, Any], reason: Reason, field: str, message: str
+) -> None:
+    done = conform(contract, table({}, fault, {"id": 3}), now_us=NOW_US, max_future_us=0)
+    assert [(r.row, r.reason, r.field) for r in done.rejects] == [(1, reason, field)]
+    assert re.search(re.escape(message), done.rejects[0].message)
+    assert done.table.column("id").to_pylist() == [1, 3]
+    assert done.rows.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "bad"),
+    [
+        ("id", pa.array([1.0, 1.5, 2.0**63]), [1, 2]),
+        ("id", pa.array(["1", "2", "3"]), [0, 1, 2]),
+        ("trips", pa.array([1, 2**40, 3]), [1]),
+        ("rate", pa.array([0.5, 0.25, 1e300]), [2]),
+        ("rate", pa.array([True, False, True]), [0, 1, 2]),
+        ("at", pa.array([1_700_000_000, 1_700_000_000_000, 0]), [0, 1, 2]),
+        ("at", pa.array([1e9, 1e12, 0.5]), [0, 1, 2]),
+        ("kind", pa.array([1, 2, 3]), [0, 1, 2]),
+    ],
+)
+def test_a_column_of_another_type(contract: ViewContract, column: str, values: pa.Array, bad: list[int]) -> None:
+    given_table = table({}, {}, {})
+    index = given_table.column_names.index(column)
+    done = conform(contract, given_table.set_column(index, column, values), now_us=NOW_US, max_future_us=None)
+    assert [r.row for r in done.rejects] == bad
+    assert {r.field for r in done.rejects} == {column}
+
+
+def test_missing_and_unknown_columns(contract: ViewContract) -> None:
+    given_table = table({}).drop_columns(["kind"]).append_column("new", pa.array(["x"]))
+    assert conform(contract, given_table, now_us=NOW_US, max_future_us=None).rejects == []
+    done = conform(contract, given_table.drop_columns(["trips"]), now_us=NOW_US, max_future_us=None)
+    assert [(r.reason, r.field) for r in done.rejects] == [(Reason.MISSING_FIELD, "trips")]
+
+
+def test_a_transformation_runs_before_the_cast_and_may_skip(contract: ViewContract) -> None:
+    def function(rows: pa.Table) -> pa.Table:
+        skip = pa.array([value == 2 for value in rows.column("id").to_pylist()])
+        index = rows.column_names.index("trips")
+        return rows.set_column(index, "trips", pa.array([7] * len(rows))).append_column("__skip__", skip)
+
+    done = conform(
+        contract,
+        table({}, {"id": 2, "rate": 9.0}, {"id": 3}),
+        now_us=NOW_US,
+        max_future_us=None,
+        transform=Transform("m:f", function, "00"),
+    )
+    assert done.skipped.tolist() == [1]
+    assert done.rejects == []
+    assert done.table.column("trips").to_pylist() == [7, 7]
+
+
+def test_a_transformation_that_fails_or_loses_rows_rejects_them_all(contract: ViewContract) -> None:
+    def fails(_: pa.Table) -> pa.Table:
+        msg = "no such thing"
+        raise KeyError(msg)
+
+    for function in (fails, lambda rows: rows[:1]):
+        done = conform(
+            contract,
+            table({}, {}),
+            now_us=NOW_US,
+            max_future_us=None,
+            transform=Transform("m:f", function, "00"),
+        )
+        assert [r.reason for r in done.rejects] == [Reason.TRANSFORM, Reason.TRANSFORM]
+
+
+def test_lists_are_cast_item_by_item(tmp_path: Path) -> None:
+    fields = [Field(name="last", dtype=Array(Int64)), Field(name="on", dtype=Bool)]
+    lists = ViewContract.from_feast(view(features=fields)[1], config(tmp_path))
+    given_table = pa.Table.from_pylist(
+        [{"id": 1, "last": [1, 2], "on": True, "at": GOOD["at"], "made": None}, {"id": 2, "last": [], "on": None}]
+    )
+    done = conform(lists, given_table, now_us=NOW_US, max_future_us=None)
+    assert [(r.row, r.reason) for r in done.rejects] == [(1, Reason.NULL)]
+    assert done.table.column("last").to_pylist() == [[1, 2]]
+
+
+def test_an_empty_table_conforms(contract: ViewContract) -> None:
+    done = conform(contract, table({})[:0], now_us=NOW_US, max_future_us=0)
+    assert done.table.num_rows == 0
+    assert done.table.schema == contract.schema
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.none(),
+            st.datetimes(EARLY, LATE).flatmap(
+                lambda moment: st.sampled_from(
+                    [moment.isoformat(sep=" ", timespec="seconds"), moment.isoformat(), moment.isoformat() + "Z"]
+                )
+            ),
+            st.datetimes(EARLY, LATE, timezones=st.timezones()).map(lambda moment: moment.isoformat()),
+            st.text(max_size=30),
+        ),
+        max_size=8,
+    )
+)
+def test_timestamps_are_read_as_python_reads_them(texts: list[str | None]) -> None:
+    parsed, bad = parse_timestamps(pa.array(texts, pa.string()))
+    for text, moment, wrong in zip(texts, parsed.cast(pa.int64()).to_pylist(), bad.tolist(), strict=True):
+        if text is None or wrong:
+            assert moment is None
+            continue
+        expected = datetime.fromisoformat(text)
+        expected = expected if expected.tzinfo else expected.replace(tzinfo=UTC)
+        assert moment == round((expected - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1e6)
+
+
+def test_a_tag_that_cannot_be_understood_is_named(tmp_path: Path) -> None:
+    for tags, message in (({"ge": "low"}, r"`rate`: tag ge='low' is no number"), ({"nullable": "no"}, "nullable='no'")):
+        bad = view(features=[Field(name="rate", dtype=Float32, tags=tags)])[1]
+        with pytest.raises(ConfigError, match=message):
+            ViewContract.from_feast(bad, config(tmp_path))
+
+
+def test_a_rule_reads_well() -> None:
+    assert str(Rule("x", ge=0, lt=1.5)) == ">= 0 and < 1.5"

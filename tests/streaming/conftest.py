@@ -1,0 +1,82 @@
+"""What the tests of the stream share: a repository of its own on a topic of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+from feast import KafkaSource
+
+from headrace.repository import open_store
+from tests.conftest import RepositoryFactory, TopicFactory
+from tests.servers import Valkey
+from tests.servers.repository import use_valkey
+
+QUICK = {"session_seconds": 2, "append_seconds": 0.5, "store_retry_seconds": 30, "broker_timeout_seconds": 5}
+"""Settings that make failover quick."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A repository of its own on a topic of its own."""
+
+    broker: str
+    topic: str
+    repo: Path
+    environment: dict[str, str] = field(repr=False)
+
+    def ends(self) -> dict[int, int]:
+        """Where the logs end."""
+        consumer = Consumer({"bootstrap.servers": self.broker, "group.id": "ends"})
+        try:
+            count = len(consumer.list_topics(self.topic, timeout=10).topics[self.topic].partitions)
+            return {
+                n: consumer.get_watermark_offsets(TopicPartition(self.topic, n), timeout=10)[1] for n in range(count)
+            }
+        finally:
+            consumer.close()
+
+
+StreamFactory = Callable[..., Stream]
+
+
+def read_from(repo: Path, broker: str, topic: str) -> None:
+    """Let the views of an applied repository read another topic. Quicker than a `feast apply` of their file."""
+    store = open_store(repo)
+    view = store.get_feature_view("driver_stats")
+    assert isinstance(view.stream_source, KafkaSource)
+    view.stream_source.kafka_options.topic = topic
+    view.stream_source.kafka_options.kafka_bootstrap_servers = broker
+    store.apply([view])
+
+
+@pytest.fixture
+def make_stream(
+    request: pytest.FixtureRequest,
+    kafka: str,
+    topic: TopicFactory,
+    feature_repo_copy: RepositoryFactory,
+    worker_environment: Callable[..., dict[str, str]],
+) -> StreamFactory:
+    """A function that makes a stream on the real Kafka; settings are given by keyword."""
+
+    def make(online: str = "valkey", /, **settings: object) -> Stream:
+        name = topic("drivers", partitions=4)
+        repo = feature_repo_copy()
+        if online == "valkey":
+            server: Valkey = request.getfixturevalue("valkey_server").start()
+            use_valkey(repo, server.address, next(request.getfixturevalue("valkey_databases")))
+        read_from(repo, kafka, name)
+        environment = worker_environment(**{"feature_repo": repo, **QUICK, **settings})
+        return Stream(kafka, name, repo, environment)
+
+    return make
+
+
+@pytest.fixture
+def stream(make_stream: StreamFactory) -> Stream:
+    """A stream with Valkey online."""
+    return make_stream()
