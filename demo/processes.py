@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
 STOP_TIMEOUT_S = 15.0
+KILL_TIMEOUT_S = 2.0
 LOG_TAIL_LINES = 15
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -137,6 +138,7 @@ class Children:
                 process.wait(STOP_TIMEOUT_S)
             _signal_group(process, signal.SIGKILL)
             process.wait()
+            _await_group_end(process)
         self._running.clear()
 
     def __enter__(self) -> Self:
@@ -168,3 +170,12 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
     """Send a signal to a child's session; the group outlives a leader that ended before its own children."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
+
+
+def _await_group_end(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a killed session is gone: its ports are free only then (bounded, an init may reap orphans late)."""
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.01)

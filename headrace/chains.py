@@ -239,6 +239,7 @@ class StreamLedger:
         self._topic = topic
         self._partition = partition
         self._folder = Folder(contract.directory)
+        self._known_ends: dict[int, int] = {}
 
     def end(self) -> StreamEnd:
         """The end of the newest epoch. A closed epoch without a successor is followed by the one it names."""
@@ -294,6 +295,7 @@ class StreamLedger:
 
         Raises:
             ValueError: the arguments contradict each other.
+            LedgerError: the chain ends before `first`; the segment would leave a hole.
             LostRaceError, ChainClosedError: see `append`.
         """
         rows = self._contract.schema.empty_table() if table is None else table
@@ -306,6 +308,7 @@ class StreamLedger:
         if rows.num_rows != len(accepted) or not inside:
             msg = f"{rows.num_rows} rows and {len(accepted)} accepted offsets do not belong to [{first}, {next})"
             raise ValueError(msg)
+        self._refuse_hole(epoch, first)
         low, high = time_bounds(rows, self._contract.timestamp_field)
         note = Footer(
             next=next,
@@ -320,7 +323,9 @@ class StreamLedger:
             append=new_append_id(),
             mark=mark,
         )
-        return append(self._folder, self._name(epoch), first, rows, note, accepted)
+        path = append(self._folder, self._name(epoch), first, rows, note, accepted)
+        self._known_ends[epoch] = next
+        return path
 
     def close(self, topic_id: str, start: int) -> StreamEnd:
         """Close the present epoch and open the next, for the topic of another id that begins at `start`.
@@ -359,6 +364,16 @@ class StreamLedger:
         path = self._folder.path_of(SegmentName(self._name(epoch), 0, 0))
         if not path.exists():
             create(path, self._contract.schema.empty_table(), note)
+
+    def _refuse_hole(self, epoch: int, first: int) -> None:
+        """Chains only grow, so an end that was seen once spares the listing for as long as appends continue it."""
+        if first <= self._known_ends.get(epoch, 0):
+            return
+        end = self._folder.chain(self._name(epoch)).end
+        self._known_ends[epoch] = end
+        if first > end:
+            msg = f"chain `{self._name(epoch)}` ends at {end}; an append at {first} would leave a hole"
+            raise LedgerError(msg)
 
     def _newest_epoch(self) -> int | None:
         epochs = [

@@ -217,7 +217,7 @@ class Lane:
         self._settings = settings
         self._on_fault = on_fault
         self._name = view.contract.name
-        self._start = start.end
+        self._taken = start.end
         self._outstanding = 0
         self._servers: tuple[str, ...] | None = None
         self._servers_s = 0.0
@@ -229,10 +229,18 @@ class Lane:
         self._is_faulty = False
 
     def put(self, piece: Slice) -> None:
-        """Take the next slice of the partition; what the ledger has already is left out."""
-        if piece.next <= self._start:
+        """Take the next slice of the partition; what the ledger has already is left out.
+
+        Raises:
+            AssertionError: offsets are missing before it; to go on would be to lose them.
+        """
+        if piece.next <= self._taken:
             return
-        own = piece.from_offset(self._start)
+        if piece.first > self._taken:
+            msg = f"{self._label}: the slice at {piece.first} does not follow {self._taken}"
+            raise AssertionError(msg)
+        own = piece.from_offset(self._taken)
+        self._taken = own.next
         self._outstanding += own.size
         self._budget.take(own.size)
         self._inbox.put_nowait(own)
@@ -265,6 +273,9 @@ class Lane:
         except BaseException as error:  # noqa: BLE001 - nothing may be lost in a task
             if not self._is_faulty:
                 self._is_faulty = True
+                for task in self._tasks:
+                    if task is not asyncio.current_task():
+                        task.cancel()
                 self._on_fault(self, error)
 
     async def _decode_step(self) -> None:

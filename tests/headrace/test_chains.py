@@ -181,6 +181,18 @@ def test_a_repeated_append_of_the_same_id_is_a_success(contract: ViewContract, t
     assert not create(tmp_path / "push-0-00000000000000000000.parquet", some(contract, 1), other)
 
 
+def test_an_append_that_would_leave_a_hole_is_refused(contract: ViewContract) -> None:
+    ledger = StreamLedger(contract, "t", 0)
+    with pytest.raises(LedgerError, match="ends at 0; an append at 3 would leave a hole"):
+        ledger.append(0, 3, 5, None, accepted=offsets())
+    ledger.append(0, 0, 3, None, accepted=offsets())
+    StreamLedger(contract, "t", 0).append(0, 3, 5, None, accepted=offsets())
+    ledger.append(0, 5, 6, None, accepted=offsets())  # it follows what another wrote
+    with pytest.raises(LedgerError, match="ends at 6"):
+        ledger.append(0, 7, 8, None, accepted=offsets())
+    assert ledger.end().end == 6
+
+
 def test_the_arguments_of_an_append_must_agree(contract: ViewContract) -> None:
     ledger = StreamLedger(contract, "events", 0)
     for first, end, accepted in ((0, 0, offsets()), (0, 5, offsets(5)), (2, 5, offsets(1)), (0, 5, offsets())):

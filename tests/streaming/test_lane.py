@@ -169,14 +169,11 @@ def test_exactly_once_whatever_is_delivered_again_or_dies(tmp_path: Path, seed: 
         at = lane.end
         while at < total:
             size = chance.randint(1, 25)
-            offer = piece(at, min(total, at + size))
             stale = piece(max(0, at - chance.randint(1, 9)), min(total, at + 3))
-            assert not position.take(stale) or stale.first == at
-            if position.take(offer):
-                lane.put(offer)
-                at = offer.next
-            else:
-                at = position.expected
+            for offer in (stale, piece(at + 1, min(total, at + 1 + size)), piece(at, min(total, at + size))):
+                if position.take(offer):
+                    lane.put(offer)
+            at = position.expected
             if chance.random() < 0.5:
                 await asyncio.sleep(0.002)
         if chance.random() < 0.5:
@@ -211,6 +208,19 @@ def test_a_position_takes_only_what_continues_it() -> None:
     assert position.take(Slice(PARTITION, 15, 20, [record(18)], 0, 0.0))  # a gap inside a fetch
     assert position.take(Slice(PARTITION, 20, 23, [], 0, 0.0))  # markers only
     assert position.expected == 23
+
+
+def test_a_slice_that_does_not_follow_is_refused(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        lane = bench.lane()
+        lane.put(piece(0, 10))
+        with pytest.raises(AssertionError, match="at 11 does not follow 10"):
+            lane.put(piece(11, 20))
+        await lane.finish(5)
+
+    bench = Bench(tmp_path)
+    asyncio.run(scenario())
+    bench.assert_complete(10)
 
 
 def test_a_view_that_has_more_skips_what_it_has(tmp_path: Path) -> None:
