@@ -130,6 +130,7 @@ class StreamIntake:
         self._budget: Budget | None = None
         self._generation: int | None = None
         self._assignment = 0
+        self._ending = asyncio.Lock()
         self._runs: dict[TopicPartition, Run] = {}
         self._committed: dict[TopicPartition, int] = {}
         self._decoders = {
@@ -151,9 +152,15 @@ class StreamIntake:
     # -- what the transport asks -------------------------------------------------------------------------------------
 
     async def assign(self, generation: int, partitions: set[TopicPartition]) -> Mapping[TopicPartition, int]:
-        """See `Intake`. Retries what may pass, within the bound; where a topic is stopped its partitions are held."""
-        await self.release()
-        self._assignment += 1
+        """See `Intake`. Retries what may pass, within the bound; where a topic is stopped its partitions are held.
+
+        Faust calls it twice at once now and then, from its recovery and from its fetcher: the later call counts.
+        """
+        if generation == self._generation and partitions == self._runs.keys():
+            return {partition: run.position.expected for partition, run in self._runs.items() if run.lanes}
+        assignment = await self._end_assignment()
+        if assignment != self._assignment:
+            return {}
         self._generation = generation
         starts = await asyncio.gather(*(self._begin_safely(partition) for partition in sorted(partitions)))
         found = dict(zip(sorted(partitions), starts, strict=True))
@@ -166,15 +173,7 @@ class StreamIntake:
 
     async def release(self) -> None:
         """See `Intake`."""
-        runs, self._runs = self._runs, {}
-        self._generation = None
-        for task in self._tasks - {asyncio.current_task()}:
-            task.cancel()
-        lanes = [lane for run in runs.values() for lane in run.lanes]
-        await asyncio.gather(*(lane.finish(FINISH_S) for lane in lanes))
-        for partition, run in runs.items():
-            if run.lanes:
-                self._committed[partition] = min(lane.end for lane in run.lanes)
+        await self._end_assignment()
 
     async def has_room(self, timeout_s: float) -> bool:
         """See `Intake`."""
@@ -232,6 +231,21 @@ class StreamIntake:
 
     # -- partitions --------------------------------------------------------------------------------------------------
 
+    async def _end_assignment(self) -> int:
+        """End the assignment that is or is beginning; the number of the one that may begin, if no other came since."""
+        self._assignment += 1
+        assignment = self._assignment
+        self._generation = None
+        runs, self._runs = self._runs, {}
+        for task in self._tasks - {asyncio.current_task()}:
+            task.cancel()
+        async with self._ending:  # the next may read the ledgers when the lanes of all before have ended
+            await asyncio.gather(*(lane.finish(FINISH_S) for run in runs.values() for lane in run.lanes))
+        for partition, run in runs.items():
+            if run.lanes:
+                self._committed[partition] = min(lane.end for lane in run.lanes)
+        return assignment
+
     async def _begin_safely(self, partition: TopicPartition) -> int | None:
         """Begin a partition; None if it is held because its topic is stopped or its log is too short for now."""
         assignment = self._assignment
@@ -259,8 +273,10 @@ class StreamIntake:
                 logger.warning("%s[%d]: cannot begin yet: %s", *partition, error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, 5.0)
-        await self._consumer.hold(partition)
+            if assignment != self._assignment:
+                return None
         self._runs[partition] = Run(Position(0), [])
+        await self._consumer.hold(partition)
         return None
 
     async def _begin(self, partition: TopicPartition) -> int:
@@ -390,7 +406,9 @@ class StreamIntake:
         partition = lane.partition
         if isinstance(error, LostRaceError | ChainClosedError):
             logger.info("%s[%d]: %s; reading the ledger again", *partition, error)
-            self._spawn(self._restart(partition))
+            run = self._runs.get(partition)
+            if run is not None and lane in run.lanes:  # else it belongs to an assignment that ended
+                self._spawn(self._restart(partition))
         elif isinstance(error, TopicReplacedError | LedgerError):
             self._stop(partition.topic, str(error))
         else:

@@ -248,9 +248,11 @@ class Lane:
     async def finish(self, timeout_s: float) -> None:
         """Bring what was taken to the stores and end; after the time, drop what is left."""
         self._inbox.put_nowait(None)
-        if not self._is_faulty:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
-        self.drop()
+        try:
+            if not self._is_faulty:
+                await asyncio.wait(self._tasks, timeout=timeout_s)
+        finally:
+            self.drop()
 
     def drop(self) -> None:
         """End now. A call that is under way in a thread ends by itself, and does no harm."""
@@ -268,7 +270,7 @@ class Lane:
     async def _guarded(self, step: Callable[[], Any]) -> None:
         try:
             await step()
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             raise
         except BaseException as error:  # noqa: BLE001 - nothing may be lost in a task
             if not self._is_faulty:

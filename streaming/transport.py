@@ -105,6 +105,11 @@ class BulkThread(driver.AIOKafkaConsumerThread):
                 slices[tp] = [Slice(TopicPartition(*tp), first, after, found, size, now)]
         return slices
 
+    async def _seek_wait(self, consumer: aiokafka.AIOKafkaConsumer, partitions: Mapping[TP, int]) -> None:
+        """Where a partition begins it is not held, whatever was before in the same generation."""
+        await super()._seek_wait(consumer, partitions)
+        consumer.resume(*(aiokafka.TopicPartition(*tp) for tp in partitions))
+
     def _note_out_of_range(self, tp: TP) -> None:
         """In the main loop."""
         intake: Intake = self.app.intake  # type: ignore[attr-defined]

@@ -1,0 +1,94 @@
+"""Assignments that cross each other: what Faust's recovery and its fetcher ask for at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from streaming.health import Health
+from streaming.intake import StreamIntake
+from streaming.slices import Slice, TopicPartition
+from tests.streaming.conftest import Stream
+from tests.streaming.process import config_of, emit
+
+
+class Places:
+    """The consumer, as far as partitions are moved: notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.moves: list[tuple[TopicPartition, int]] = []
+        self.held: list[TopicPartition] = []
+
+    async def hold(self, partition: TopicPartition) -> None:
+        self.held.append(partition)
+
+    async def move(self, partition: TopicPartition, offset: int) -> None:
+        self.moves.append((partition, offset))
+
+    def high_water(self, partition: TopicPartition) -> int | None:
+        return None
+
+
+def lanes_at_work() -> int:
+    """The tasks of lanes that have not ended, three a lane."""
+    return sum("Lane." in repr(task.get_coro()) for task in asyncio.all_tasks())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_crossing_assignments_the_last_counts(stream: Stream, seed: int) -> None:
+    chance = random.Random(seed)
+    faults: list[BaseException] = []
+
+    async def scenario() -> None:
+        intake = StreamIntake(config_of(stream.environment), Health(), faults.append)
+        intake.mover = Places()
+        everything = {TopicPartition(stream.topic, number) for number in range(4)}
+
+        async def later(generation: int, partitions: set[TopicPartition]) -> None:
+            await asyncio.sleep(chance.random() * 0.05)
+            if chance.random() < 0.2:
+                await intake.release()
+            await intake.assign(generation, partitions)
+
+        for generation in range(15):
+            own = set(chance.sample(sorted(everything), chance.randint(1, 4)))
+            await asyncio.gather(*(later(generation, own) for _ in range(3)))
+        starts = await intake.assign(99, everything)
+        assert starts == dict.fromkeys(everything, 0)
+        assert lanes_at_work() == 3 * 4
+        intake.deliver(Slice(TopicPartition(stream.topic, 2), 0, 5, [], 0, 0.0), 99)
+        assert (await intake.assign(99, everything))[TopicPartition(stream.topic, 2)] == 5  # as before, no new lanes
+        await intake.release()
+        assert lanes_at_work() == 0
+        assert intake.committable() == {TopicPartition(stream.topic, 2): 5}
+        assert await intake.assign(100, everything) == {p: 5 if p.partition == 2 else 0 for p in everything}
+        await intake.release()
+        intake.close()
+
+    emit(stream.environment, count=100)
+    asyncio.run(scenario())
+    assert faults == []
+
+
+def test_a_slice_of_an_earlier_assignment_is_not_taken(stream: Stream) -> None:
+    async def scenario() -> None:
+        intake = StreamIntake(config_of(stream.environment), Health(), faults.append)
+        intake.mover = places = Places()
+        partition = TopicPartition(stream.topic, 0)
+        await intake.assign(1, {partition})
+        await intake.assign(2, {partition})
+        intake.deliver(Slice(partition, 0, 5, [], 0, 0.0), 1)
+        intake.deliver(Slice(partition, 3, 5, [], 0, 0.0), 2)  # a hole before it
+        await asyncio.sleep(0.05)
+        assert places.moves == [(partition, 0)]
+        await intake.release()
+        intake.deliver(Slice(partition, 0, 5, [], 0, 0.0), 2)
+        assert await intake.assign(3, {partition}) == {partition: 0}
+        await intake.release()
+        intake.close()
+
+    faults: list[BaseException] = []
+    asyncio.run(scenario())
+    assert faults == []

@@ -1,0 +1,73 @@
+"""What the transport overrides and reads in Faust and aiokafka is there, and is what it is taken for."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from typing import Any
+
+import aiokafka
+import pytest
+from faust.transport.drivers import aiokafka as driver
+
+from streaming.transport import BulkConsumer, BulkThread, ForgetfulOffsets
+from tests.conftest import TopicFactory
+
+
+def own_methods(kind: type[Any]) -> list[str]:
+    """The methods that a class defines itself."""
+    return [name for name, value in vars(kind).items() if inspect.isfunction(value)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "added"),
+    [
+        (
+            BulkThread,
+            driver.AIOKafkaConsumerThread,
+            {"_positions", "_note_out_of_range", "hold", "move", "_hold", "_move"},
+        ),
+        (BulkConsumer, driver.Consumer, {"hold", "move", "high_water", "coordinator_failed", "_if_assigned"}),
+    ],
+)
+def test_what_is_overridden_is_called_alike(ours: type[Any], theirs: type[Any], added: set[str]) -> None:
+    for name in set(own_methods(ours)) - added - {"__init__"}:
+        base = getattr(theirs, name, None)
+        assert base is not None, f"{theirs.__name__} has no {name} any more"
+        assert list(inspect.signature(getattr(ours, name)).parameters) == list(inspect.signature(base).parameters), name
+        assert inspect.iscoroutinefunction(getattr(ours, name)) == inspect.iscoroutinefunction(base), name
+    assert not [name for name in added if hasattr(theirs, name)], "a name of ours is taken now"
+
+
+def test_aiokafka_keeps_positions_and_the_coordinator_where_we_look(kafka: str, topic: TopicFactory) -> None:
+    partition = aiokafka.TopicPartition(topic("positions", partitions=1), 0)
+
+    async def alone() -> None:
+        consumer = aiokafka.AIOKafkaConsumer(bootstrap_servers=kafka, auto_offset_reset="none")
+        await consumer.start()
+        try:
+            assert BulkThread._positions(consumer) == {}
+            consumer.assign([partition])
+            assert BulkThread._positions(consumer) == {}  # assigned, and nobody knows where yet
+            consumer.seek(partition, 0)
+            assert BulkThread._positions(consumer) == {partition: 0}
+            await asyncio.sleep(0)  # its tasks must have begun before they can be ended
+        finally:
+            await consumer.stop()
+
+    async def of_a_group() -> None:
+        consumer = aiokafka.AIOKafkaConsumer(partition.topic, bootstrap_servers=kafka, group_id="positions")
+        await consumer.start()
+        task: asyncio.Task[None] = consumer._coordinator._coordination_task
+        assert not task.done()
+        await consumer.stop()
+        assert task.done()
+
+    asyncio.run(alone())
+    asyncio.run(of_a_group())
+
+
+def test_an_offset_that_was_read_is_not_remembered() -> None:
+    offsets = ForgetfulOffsets()
+    offsets["partition"] = 5
+    assert offsets["partition"] is None
