@@ -45,7 +45,6 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
     def __init__(self) -> None:
         self._writer: sqlite3.Connection | None = None
         self._lock = threading.Lock()
-        self._prepared: set[str] = set()
 
     def online_write_batch(
         self,
@@ -65,7 +64,11 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
             return 0
         name = _name(config, view)
         with self._transaction(config) as connection:
-            self._prepare(connection, name)
+            # Each time, for views that a stock store applied, or another process made anew: it costs next to nothing.
+            connection.execute(
+                f"CREATE TABLE IF NOT EXISTS {_order_table(name)} "
+                "(entity_key BLOB PRIMARY KEY, ord BLOB NOT NULL, event_ts INTEGER NOT NULL) WITHOUT ROWID"
+            )
             stored = _stored_orders(connection, name, rows.keys)
             keep = [i for i, key in enumerate(rows.keys) if rows.order[i] >= stored.get(key, b"")]
             seconds = [_stock_seconds(rows.event_us[i]) for i in keep]
@@ -140,7 +143,6 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
                 name = _name(config, view)
                 connection.execute(f"DROP TABLE IF EXISTS {_order_table(name)}")
                 connection.execute(f"DELETE FROM {_MARKS} WHERE view = ?", (name,))
-                self._prepared.discard(name)
 
     def _get_conn(self, config: RepoConfig) -> sqlite3.Connection:
         """Feast's connection for reads and DDL, which waits for writers instead of failing."""
@@ -167,16 +169,6 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
                 self._writer.execute("ROLLBACK")
                 raise
             self._writer.execute("COMMIT")
-
-    def _prepare(self, connection: sqlite3.Connection, name: str) -> None:
-        """The table of orders, for views that were applied by a stock store too."""
-        if name in self._prepared:
-            return
-        connection.execute(
-            f"CREATE TABLE IF NOT EXISTS {_order_table(name)} "
-            "(entity_key BLOB PRIMARY KEY, ord BLOB NOT NULL, event_ts INTEGER NOT NULL) WITHOUT ROWID"
-        )
-        self._prepared.add(name)
 
 
 def _configure(connection: sqlite3.Connection) -> None:

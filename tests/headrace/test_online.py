@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from headrace.contract import ViewContract
 from headrace.encode import Origin, encode
 from headrace.online import NewestWinsStore, online_store, server_ids, write_online
-from tests.headrace.views import EPOCH_US, applied, redis_online, rows, sqlite_online, view
+from tests.headrace.views import EPOCH_US, applied, config, redis_online, rows, sqlite_online, view
 
 Row = Mapping[str, Any]
 Oracle = dict[tuple[Any, ...], tuple[Any, ...]]
@@ -267,6 +268,26 @@ def test_a_store_of_another_kind_gets_the_newest_of_each_batch(tmp_path: Path) -
     assert write_online(store, contract, table) == 1
     assert server_ids(store) == ()
     assert served(store, contract, [{"id": 1}]) == [{"value": 9.0, "count": 9}]
+
+
+def test_sqlite_writes_after_a_write_that_failed(tmp_path: Path) -> None:
+    store, (contract,) = applied(tmp_path, sqlite_online())
+    good = encode(contract, rows(contract, [{"id": 1, "at": 0, "value": 1.0}]))
+    target = cast("NewestWinsStore", online_store(store))
+    bad = replace(good, values={name: [object()] for name in good.values})  # type: ignore[list-item]
+    with pytest.raises(sqlite3.Error):
+        target.write_newest(store.config, contract.feature_view, bad)
+    assert target.write_newest(store.config, contract.feature_view, good) == 1
+
+
+def test_sqlite_writes_after_another_process_made_the_view_anew(tmp_path: Path) -> None:
+    store, (contract,) = applied(tmp_path, sqlite_online())
+    table = rows(contract, [{"id": 1, "at": 0, "value": 1.0}])
+    assert write_online(store, contract, table) == 1
+    other = FeatureStore(config=config(tmp_path))
+    online_store(other).teardown(other.config, [contract.feature_view], [])
+    online_store(other).update(other.config, [], [contract.feature_view], [], [], partial=False)
+    assert write_online(store, contract, table) == 1
 
 
 def test_sqlite_waits_for_another_writer(tmp_path: Path) -> None:
