@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock check format test demo up bench bench-stream clean
+.PHONY: help setup lock check format test campaign demo up bench bench-stream clean
 
 VENV ?= .venv
 STAMP := $(VENV)/.headrace-setup
@@ -57,6 +57,10 @@ format: setup ## format the code and apply the linter's safe fixes
 
 test: setup ## all tests, on real servers (options: make test ARGS="-k ledger")
 	$(PYTHON) -m pytest $(ARGS)
+
+campaign: setup ## 200,000 events through a real Kafka, once in peace and once with ten kill -9 (about three minutes)
+	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_KILLS=10 HEADRACE_TEST_EVENTS=200000 \
+	    $(PYTHON) -m pytest -s tests/streaming/test_kafka.py -k "every_event or kill_9" $(ARGS)
 
 demo: setup ## the whole path once: broker, database, worker, batch chain, then a table that says whether all agrees
 	@$(PYTHON) -m demo.run

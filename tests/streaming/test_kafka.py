@@ -26,7 +26,7 @@ FAULTY = ("--bad-fraction", "0.05", "--late-fraction", "0.1", "--duplicate-fract
 
 
 def test_every_event_is_in_both_stores(stream: Stream, tmp_path: Path) -> None:
-    done = run(stream.environment, "emit", "--rate", "0", "--count", "20000", "--seed", "1", *FAULTY)
+    done = run(stream.environment, "emit", "--rate", "0", "--count", str(EVENTS), "--seed", "1", *FAULTY)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     with Worker(stream.environment, tmp_path / "worker.log") as worker:
@@ -65,7 +65,7 @@ def test_the_group_s_offsets_follow_the_ledger(stream: Stream, tmp_path: Path) -
 
 @pytest.mark.timeout(1800)
 def test_kill_9_at_random_moments(stream: Stream, tmp_path: Path) -> None:
-    """`HEADRACE_TEST_KILLS=10 HEADRACE_TEST_EVENTS=200000` is the campaign."""
+    """`make campaign` is the long one."""
     chance = random.Random(SEED)
     log = tmp_path / "worker.log"
     rate = EVENTS / (KILLS * SECONDS_A_KILL)
