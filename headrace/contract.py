@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 from feast import FeatureView, KafkaSource, RepoConfig
+from feast.feature_view import DUMMY_ENTITY_ID
 from feast.field import Field
 from feast.infra.offline_stores.file_source import FileSource
 from feast.types import (
@@ -84,8 +85,14 @@ class Transform:
 class ViewContract:
     """One feature view as the rest of Headrace sees it.
 
+    Columns have the names of the source: of the events, the source table and the segments. Only where the view maps a
+    field (`field_mapping` of its source) does Feast know it by another name, see `view_name`.
+
     Attributes:
+        join_keys: their columns; none for a view without an entity, whose one row has the empty key.
+        features: their columns, in the view's order.
         schema: the columns of every segment, in order: join keys, features, event timestamp, created timestamp.
+        field_mapping: by column the name of a mapped field in the view.
         directory: the view's folder of segments, absolute.
         topic, bootstrap_servers, message_format, message_schema: of the view's `KafkaSource`; None without one.
             The format is lower-case: `json`, `avro`, `proto`.
@@ -101,6 +108,7 @@ class ViewContract:
     timestamp_field: str
     created_field: str | None
     schema: pa.Schema
+    field_mapping: Mapping[str, str]
     rules: tuple[Rule, ...]
     directory: Path
     topic: str | None
@@ -115,8 +123,8 @@ class ViewContract:
         """Read a view's contract.
 
         Raises:
-            ConfigError: the view has no `FileSource` to hold its history, maps fields, lacks a type, or has a tag that
-                cannot be understood.
+            ConfigError: the view has no `FileSource` to hold its history, maps fields differently in its two sources,
+                lacks a type, or has a tag that cannot be understood.
         """
         source = view.batch_source
         if not isinstance(source, FileSource):
@@ -126,24 +134,20 @@ class ViewContract:
                 "declare one whose path is the view's folder"
             )
             raise ConfigError(msg)
-        if not view.entity_columns:
-            msg = (
-                f"feature view `{view.name}`: expected at least one entity with a join key, found none; "
-                "declare its entities (views without an entity are not supported)"
-            )
-            raise ConfigError(msg)
-        if source.field_mapping:
-            msg = (
-                f"feature view `{view.name}`: field_mapping {dict(source.field_mapping)} is not supported; "
-                "name the fields as the source does"
-            )
-            raise ConfigError(msg)
         stream = view.stream_source if isinstance(view.stream_source, KafkaSource) else None
-        join_keys = tuple(column.name for column in view.entity_columns)
-        fields = [*view.entity_columns, *view.features]
-        created = source.created_timestamp_column or None
-        columns = [pa.field(field.name, _arrow_type(view, field)) for field in fields]
-        columns.append(pa.field(source.timestamp_field, TIMESTAMP))
+        if stream is not None and stream.field_mapping and dict(stream.field_mapping) != dict(source.field_mapping):
+            msg = (
+                f"feature view `{view.name}`: the field_mapping of its KafkaSource, {dict(stream.field_mapping)}, "
+                f"is not that of its batch_source, {dict(source.field_mapping)}; declare the same for both"
+            )
+            raise ConfigError(msg)
+        mapped = {name: column for column, name in source.field_mapping.items() if column != name}
+        entities = [column for column in view.entity_columns if column.name != DUMMY_ENTITY_ID]
+        created = mapped.get(source.created_timestamp_column, source.created_timestamp_column) or None
+        timestamp = mapped.get(source.timestamp_field, source.timestamp_field)
+        fields = [*entities, *view.features]
+        columns = [pa.field(mapped.get(field.name, field.name), _arrow_type(view, field)) for field in fields]
+        columns.append(pa.field(timestamp, TIMESTAMP))
         if created is not None:
             columns.append(pa.field(created, TIMESTAMP))
         options = stream.kafka_options if stream is not None else None
@@ -152,12 +156,13 @@ class ViewContract:
             name=view.name,
             project=config.project,
             feature_view=view,
-            join_keys=join_keys,
-            features=tuple(field.name for field in view.features),
-            timestamp_field=source.timestamp_field,
+            join_keys=tuple(mapped.get(column.name, column.name) for column in entities),
+            features=tuple(mapped.get(field.name, field.name) for field in view.features),
+            timestamp_field=timestamp,
             created_field=created,
             schema=pa.schema(columns),
-            rules=tuple(_rule(view, field) for field in fields),
+            field_mapping={column: name for name, column in mapped.items()},
+            rules=tuple(_rule(view, field, mapped.get(field.name, field.name)) for field in fields),
             directory=directory_of(source, config),
             topic=options.topic if options is not None else None,
             bootstrap_servers=options.kafka_bootstrap_servers if options is not None else None,
@@ -166,6 +171,10 @@ class ViewContract:
             source_table=view.tags.get("source_table") or None,
             transform=view.tags.get("transform") or None,
         )
+
+    def view_name(self, column: str) -> str:
+        """What Feast calls a column."""
+        return self.field_mapping.get(column, column)
 
     def rule(self, column: str) -> Rule:
         """The rule of a column; an empty one where none is declared."""
@@ -228,7 +237,7 @@ def _arrow_type(view: FeatureView, field: Field) -> pa.DataType:
         raise ConfigError(msg) from error
 
 
-def _rule(view: FeatureView, field: Field) -> Rule:
+def _rule(view: FeatureView, field: Field, column: str) -> Rule:
     """The rule in a field's tags. Tags of other names are the user's own."""
     tags: Mapping[str, str] = field.tags or {}
     where = f"feature view `{view.name}`: field `{field.name}`"
@@ -247,7 +256,7 @@ def _rule(view: FeatureView, field: Field) -> Rule:
             msg = f"{where}: tag nullable={tags['nullable']!r} is neither 'true' nor 'false'"
             raise ConfigError(msg)
         values["nullable"] = tags["nullable"] == "true"
-    return Rule(field.name, **values)
+    return Rule(column, **values)
 
 
 def _format_name(message_format: Any) -> str | None:

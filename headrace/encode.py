@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from feast import FeatureView
 from feast.protos.feast.types.Value_pb2 import Value as ValueProto
 from feast.protos.feast.types.Value_pb2 import ValueType as ValueTypeProto
 from feast.type_map import PYTHON_LIST_VALUE_TYPE_TO_PROTO_VALUE, python_values_to_proto_values
@@ -37,6 +36,8 @@ _VARINT = 0
 
 Int64s = npt.NDArray[np.int64]
 Masks = npt.NDArray[np.bool_]
+Tails = npt.NDArray[np.uint8]
+"""What breaks ties, 17 bytes a row: the kind, then epoch, partition and offset (kind 1) or a hash of the values (0)."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +75,25 @@ class EncodedRows:
         return len(self.keys)
 
 
-def encode(contract: ViewContract, table: pa.Table, origin: Origin | None = None) -> EncodedRows:
+def encode(contract: ViewContract, table: pa.Table, tails: Tails | None = None) -> EncodedRows:
     """Reduce rows to the newest of each key, and encode those.
 
     Args:
-        table: in the contract's schema, any order; without `origin` ties are broken by the hash of the values.
-        origin: of stream rows, aligned with the table.
+        table: in the contract's schema, any order.
+        tails: aligned with the table; those of kind 0 are zeros, their hashes are filled in here. None: all are.
     """
     event = _times(table, contract.timestamp_field)
     created, has_created = _created(contract, table)
-    rows = _candidates(contract, table, event, created, has_created, keep_ties=origin is None)
+    rows = _candidates(contract, table, event, created, has_created, keep_ties=True)
     table = table.take(pa.array(rows))
-    values = {name: encode_values(table, contract.feature_view, name) for name in contract.features}
+    values = {contract.view_name(name): encode_values(contract, table, name) for name in contract.features}
     event, created, has_created = event[rows], created[rows], has_created[rows]
-    tails = hash_tails(values) if origin is None else stream_tails(origin.take(rows))
+    own = hash_tails(values)
+    if tails is not None:
+        own = np.where(tails[rows, :1] == _KIND_STREAM, tails[rows], own)
     encoded = EncodedRows(
         keys=encode_keys(contract, table),
-        order=order_keys(event, created, has_created, tails),
+        order=order_keys(event, created, has_created, own),
         event_us=event.tolist(),
         created_us=[us if has else None for us, has in zip(created.tolist(), has_created.tolist(), strict=True)],
         values=values,
@@ -169,10 +172,11 @@ def encode_keys(contract: ViewContract, table: pa.Table) -> list[bytes]:
     return [header + b"".join(parts) for parts in zip(*pieces, strict=True)]
 
 
-def encode_values(table: pa.Table, view: FeatureView, feature: str) -> list[bytes]:
+def encode_values(contract: ViewContract, table: pa.Table, feature: str) -> list[bytes]:
     """One feature's values, equal to `ValueProto.SerializeToString()` of what Feast makes of them; empty is null."""
     column = _array(table, feature)
-    value_type = next(f.dtype.to_value_type() for f in view.features if f.name == feature)
+    name = contract.view_name(feature)
+    value_type = next(f.dtype.to_value_type() for f in contract.feature_view.features if f.name == name)
     fast = _FAST_PATHS.get(value_type)
     if fast is None or column.type != fast[0]:
         return _encode_with_feast(column, value_type)

@@ -16,7 +16,7 @@ from feast.protos.feast.types.Value_pb2 import Value as ValueProto
 from feast.utils import _convert_arrow_to_proto
 
 from headrace.contract import ViewContract
-from headrace.encode import EncodedRows, Int64s, Origin, encode, hash_tails, newest, order_keys
+from headrace.encode import EncodedRows, Int64s, Origin, Tails, encode, hash_tails, newest, order_keys, stream_tails
 
 FeastRow = tuple[EntityKeyProto, dict[str, ValueProto], datetime, datetime | None]
 """A row as Feast hands it to `OnlineStore.online_write_batch`."""
@@ -58,6 +58,7 @@ def write_online(
     epoch: int | None = None,
     partition: int | None = None,
     offsets: Int64s | None = None,
+    tails: Tails | None = None,
 ) -> int:
     """Write the newest row of each key, if it is newer than what is stored.
 
@@ -67,18 +68,18 @@ def write_online(
     Args:
         table: rows in the contract's schema.
         epoch, partition, offsets: the origin of stream rows, offsets aligned with the table; all or none.
+        tails: the origin of rows of several partitions or none, in place of these three; see `encode`.
 
     Returns:
         How many keys were written, not counting those turned away.
     """
     if table.num_rows == 0:
         return 0
-    origin = None
     if epoch is not None and partition is not None and offsets is not None:
-        origin = Origin(epoch, partition, offsets)
+        tails = stream_tails(Origin(epoch, partition, offsets))
     target = online_store(store)
     if isinstance(target, NewestWinsStore):
-        return target.write_newest(store.config, contract.feature_view, encode(contract, table, origin))
+        return target.write_newest(store.config, contract.feature_view, encode(contract, table, tails))
     return _write_generic(store, contract, table)
 
 

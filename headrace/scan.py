@@ -266,7 +266,7 @@ def _hashes(contract: ViewContract, path: Path, positions: Int64s) -> np.ndarray
             for f in schema
         }
     )
-    return hash_tails({name: encode_values(present, contract.feature_view, name) for name in contract.features})
+    return hash_tails({contract.view_name(name): encode_values(contract, present, name) for name in contract.features})
 
 
 def to_utc(table: pa.Table, column: str) -> pa.Table:

@@ -67,7 +67,7 @@ def test_keys_and_values_equal_feasts(contract: ViewContract, values: list[dict[
     theirs = _convert_arrow_to_proto(table.combine_chunks(), contract.feature_view, keys)
     assert encode_keys(contract, table) == [serialize_entity_key(row[0], 3) for row in theirs]
     for name in contract.features:
-        ours = encode_values(table, contract.feature_view, name)
+        ours = encode_values(contract, table, name)
         assert ours == [row[1][name].SerializeToString() for row in theirs], name
 
 
@@ -112,6 +112,6 @@ def test_ranges_are_small() -> None:
 def test_empty_lists_stay_lists_in_a_batch_of_them(contract: ViewContract) -> None:
     alone = rows(contract, [{**FULL, "list": []}, {**FULL, "list": None}])
     among = rows(contract, [{**FULL, "list": []}, {**FULL, "list": None}, FULL])
-    encoded = encode_values(alone, contract.feature_view, "list")
-    assert encoded == encode_values(among, contract.feature_view, "list")[:2]
+    encoded = encode_values(contract, alone, "list")
+    assert encoded == encode_values(contract, among, "list")[:2]
     assert encoded[0] != encoded[1] == b""

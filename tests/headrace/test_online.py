@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace.contract import ViewContract
-from headrace.encode import Origin, encode
+from headrace.encode import Origin, encode, stream_tails
 from headrace.online import NewestWinsStore, online_store, server_ids, write_online
 from tests.headrace.views import EPOCH_US, applied, config, redis_online, rows, sqlite_online, view
 
@@ -316,7 +316,7 @@ def write_one(home: str) -> None:
 def test_stream_rows_keep_their_place(store_and_contract: tuple[FeatureStore, ViewContract]) -> None:
     store, contract = store_and_contract
     tied = [{"id": 1, "at": 1, "made": 1, "value": float(n), "count": n} for n in range(3)]
-    encoded = encode(contract, rows(contract, tied), Origin(0, 0, np.array([5, 6, 7], dtype=np.int64)))
+    encoded = encode(contract, rows(contract, tied), stream_tails(Origin(0, 0, np.array([5, 6, 7], dtype=np.int64))))
     assert len(encoded) == 1
     write_online(
         store, contract, rows(contract, tied), epoch=0, partition=0, offsets=np.array([5, 6, 7], dtype=np.int64)
