@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,11 @@ from feast.types import Float64, Int64
 from headrace.contract import ViewContract
 
 EPOCH_US = 1_700_000_000_000_000
+
+
+def examples(default: int) -> int:
+    """How many examples a property test tries: few each day, thousands in a campaign."""
+    return int(os.environ.get("HEADRACE_TEST_EXAMPLES", default))
 
 
 def sqlite_online() -> dict[str, Any]:

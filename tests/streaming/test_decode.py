@@ -32,6 +32,7 @@ def contract(*fields: pa.Field, rules: tuple[Rule, ...] = ()) -> ViewContract:
         timestamp_field="at",
         created_field="made",
         schema=schema,
+        field_mapping={},
         rules=rules,
         directory=Path("nowhere"),
         topic="topic",
