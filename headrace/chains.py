@@ -8,6 +8,7 @@ the valid files and the end. There is no other bookkeeping that could disagree.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,10 +20,13 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from headrace.contract import ViewContract
 from headrace.errors import ChainClosedError, LedgerError, LostRaceError
+from headrace.faults import reached
 from headrace.segments import (
+    SUFFIX,
     DayName,
     Footer,
     Offsets,
@@ -38,6 +42,8 @@ from headrace.segments import (
     time_bounds,
     writer_id,
 )
+
+log = logging.getLogger(__name__)
 
 PUSH = "push"
 _LISTINGS = 5
@@ -133,16 +139,28 @@ class Folder:
     """The segments of one view in one folder.
 
     Listings are no snapshots: whoever finds a file gone, a hole or an overlap lists again; what stays is a fault.
+
+    Args:
+        path: the folder. It may be a single Parquet file, as stock repositories have it: then that is the one foreign
+            file, and nothing can be appended.
+        required: the columns without which a foreign file is of no use; `Folder.of` knows them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, required: Sequence[str] = ()) -> None:
         self.path = path
+        self._required = tuple(required)
+
+    @classmethod
+    def of(cls, contract: ViewContract) -> Folder:
+        """The folder of a view."""
+        created = () if contract.created_field is None else (contract.created_field,)
+        return cls(contract.directory, (*contract.join_keys, contract.timestamp_field, *created))
 
     def names(self) -> list[SegmentName | DayName]:
         """All segments and days by name; files that are not ours are not in it. Empty without the folder."""
         try:
             entries = os.listdir(self.path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return [name for entry in entries if (name := parse_name(entry)) is not None]
 
@@ -173,9 +191,43 @@ class Folder:
         return self._settled(read)
 
     def files(self) -> list[Path]:
-        """Every valid file with rows or without: chains first, then days. What a reader must open."""
+        """Every valid file with rows or without: chains, then days, then foreign files. What a reader must open."""
         chains = [self.path / str(s) for chain in self.chains().values() for s in chain.valid]
-        return chains + [day.path for day in self.days().values()]
+        return chains + [day.path for day in self.days().values()] + self.foreign()
+
+    def foreign(self) -> list[Path]:
+        """Parquet files that somebody else wrote, in the folder or below it; hidden ones (`.`, `_`) are not read.
+
+        They are history too. One that cannot be read or lacks a required column is named in a warning and left out.
+        """
+        if self.path.is_file():
+            found = [self.path]
+        else:
+            found = sorted(path for path in self.path.rglob(f"*{SUFFIX}") if self._is_foreign(path))
+        return [path for path in found if self._is_usable(path)]
+
+    def _is_foreign(self, path: Path) -> bool:
+        parts = path.relative_to(self.path).parts
+        ours = len(parts) == 1 and parse_name(parts[0]) is not None
+        return not ours and not any(part.startswith((".", "_")) for part in parts) and path.is_file()
+
+    def _is_usable(self, path: Path) -> bool:
+        try:
+            found = set(pq.read_schema(path).names)
+        except FileNotFoundError:
+            return False
+        except (pa.ArrowException, OSError) as error:
+            log.warning("%s is left out: it is not readable Parquet (%s); repair it or move it away", path, error)
+            return False
+        missing = [name for name in self._required if name not in found]
+        if missing:
+            log.warning(
+                "%s is left out: it lacks %s, it has %s; add the columns or move it away",
+                path,
+                ", ".join(missing),
+                ", ".join(sorted(found)),
+            )
+        return not missing
 
     def path_of(self, name: SegmentName | DayName) -> Path:
         """Where a segment of this folder lies."""
@@ -217,9 +269,11 @@ def append(
     created = create(path, table, mark, accepted)
     if created:
         covered = [n for n in folder.names() if isinstance(n, SegmentName) and n.chain == chain and n.level > 0]
+        reached("append.6.higher-levels-checked")
         if not covered or derive(chain, covered, lambda s: read_footer(folder.path_of(s))).end <= first:
             return path
         remove(path)
+        reached("append.7.void-removed")
     now = folder.chain(chain)
     if now.closed is not None and now.end <= first:
         msg = f"chain `{chain}` was closed at {now.end}; its successor goes on"
@@ -436,18 +490,19 @@ def replace_day(
             append=new_append_id(),
             extra={**(footer or {}), "content_hash": digest},
         )
-        while not create(folder.path_of(DayName(day, snapshot)), table, note):
+        while not create(folder.path_of(DayName(day, snapshot)), table, note, operation="day"):
             snapshot += 1
     newest = folder.days()[day]
     for name in folder.names():
         if isinstance(name, DayName) and name.day == day and name.snapshot < newest.snapshot:
             remove(folder.path_of(name))
+            reached("day.6.old-removed")
     return newest
 
 
 def files(contract: ViewContract) -> list[Path]:
     """Every valid file of a view: hand the list to Spark, pandas or DuckDB, and no row is read twice."""
-    return Folder(contract.directory).files()
+    return Folder.of(contract).files()
 
 
 def content_hash(table: pa.Table) -> str:

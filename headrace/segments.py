@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from headrace.errors import LedgerError
+from headrace.faults import reached
 
 FORMAT_VERSION = 1
 SUFFIX = ".parquet"
@@ -156,7 +157,9 @@ def writer_id() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-def create(path: Path, table: pa.Table, footer: Footer, accepted: Offsets | None = None) -> bool:
+def create(
+    path: Path, table: pa.Table, footer: Footer, accepted: Offsets | None = None, *, operation: str = "append"
+) -> bool:
     """Create a segment exclusively and durably; the name appears with its whole content or not at all.
 
     1. Write to a temporary name that no reader matches. 2. fsync. 3. link to the final name, which fails where it is
@@ -168,14 +171,17 @@ def create(path: Path, table: pa.Table, footer: Footer, accepted: Offsets | None
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{footer.append}.tmp")
     try:
-        _write(temporary, table, footer, accepted)
+        _write(temporary, table, footer, accepted, operation)
         try:
             os.link(temporary, path)
         except FileExistsError:
             return read_footer(path).append == footer.append
+        reached(f"{operation}.3.linked")
         _fsync_folder(path.parent)
+        reached(f"{operation}.4.folder-fsynced")
     finally:
         temporary.unlink(missing_ok=True)
+    reached(f"{operation}.5.temporary-removed")
     return True
 
 
@@ -269,7 +275,7 @@ def time_bounds(table: pa.Table, column: str) -> tuple[int | None, int | None]:
     return bounds["min"].as_py(), bounds["max"].as_py()
 
 
-def _write(path: Path, table: pa.Table, footer: Footer, accepted: Offsets | None) -> None:
+def _write(path: Path, table: pa.Table, footer: Footer, accepted: Offsets | None, operation: str) -> None:
     with path.open("wb") as sink:
         # Without Arrow's own schema entry the footer has ours alone; the types survive, being Parquet's.
         with pq.ParquetWriter(sink, table.schema, compression="zstd", store_schema=False) as writer:
@@ -279,7 +285,9 @@ def _write(path: Path, table: pa.Table, footer: Footer, accepted: Offsets | None
                 entries[_ACCEPTED.decode()] = encode_ranges(accepted).decode()
             writer.add_key_value_metadata(entries)
         sink.flush()
+        reached(f"{operation}.1.temporary-written")
         os.fsync(sink.fileno())
+    reached(f"{operation}.2.temporary-fsynced")
 
 
 def _fsync_folder(folder: Path) -> None:
