@@ -153,7 +153,7 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
         end_date: datetime | None = None,
     ) -> RetrievalJob:
         """Every row within the window, both ends inclusive; no feature named means all columns."""
-        if not _is_parquet(data_source):
+        if not is_parquet(data_source):
             return DuckDBOfflineStore.pull_all_from_table_or_query(
                 config,
                 data_source,
@@ -191,7 +191,7 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
 
         The ttl is inclusive; ties go by the total order of `headrace.encode`.
         """
-        if not all(_is_parquet(view.batch_source) for view in feature_views) and entity_df is not None:
+        if not all(is_parquet(view.batch_source) for view in feature_views) and entity_df is not None:
             return DuckDBOfflineStore.get_historical_features(
                 config, feature_views, feature_refs, entity_df, registry, project, full_feature_names, **kwargs
             )
@@ -209,7 +209,7 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
                 join = PointInTime(
                     names, _entity_columns(contract, view, entities), timestamp_column, _ttl_us(view), by_created
                 )
-                files = _files(config, view.batch_source) if _is_parquet(view.batch_source) else []
+                files = _files(config, view.batch_source) if is_parquet(view.batch_source) else []
                 joined = point_in_time(
                     contract,
                     files,
@@ -265,7 +265,7 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
         contract = _contract_of(config, data_source)
         if contract is not None:
             return [(field.name, str(field.type)) for field in contract.schema]
-        if _is_parquet(data_source) and (files := _files(config, data_source)):
+        if is_parquet(data_source) and (files := _files(config, data_source)):
             return [(field.name, str(field.type)) for field in pq.read_schema(files[-1])]
         return super().get_table_column_names_and_types_from_data_source(config, data_source)
 
@@ -278,7 +278,7 @@ def latest(store: FeatureStore, contract: ViewContract) -> pa.Table:
 
 def _contract_of(config: RepoConfig, source: DataSource) -> ViewContract | None:
     """The contract of the registered view whose history a source is; None for a source of another kind."""
-    if not _is_parquet(source):
+    if not is_parquet(source):
         return None
     directory = directory_of(source, config)
     for view in FeatureStore(config=config).list_feature_views():
@@ -287,7 +287,7 @@ def _contract_of(config: RepoConfig, source: DataSource) -> ViewContract | None:
     return None
 
 
-def _is_parquet(source: DataSource | None) -> TypeGuard[FileSource]:
+def is_parquet(source: DataSource | None) -> TypeGuard[FileSource]:
     """Whether a source is Parquet on a local path."""
     if not isinstance(source, FileSource) or "://" in source.path:
         return False

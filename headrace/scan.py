@@ -6,10 +6,12 @@ handful of rows, and those are compared by where they come from (see `headrace.e
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 import duckdb
@@ -18,8 +20,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract import TIMESTAMP, ViewContract
-from headrace.encode import Int64s, Origin, encode_values, hash_tails, stream_tails
-from headrace.segments import SegmentName, parse_name, parse_stream_chain, read_accepted
+from headrace.encode import Int64s, Origin, Tails, encode_values, hash_tails, stream_tails
+from headrace.errors import SchemaError
+from headrace.segments import Offsets, SegmentName, parse_name, parse_stream_chain, read_accepted
+
+ROWS_A_CHUNK = 100_000
+DEFAULT_MEMORY_LIMIT = "50%"
+"""Of the machine's memory: what Feast and the caller make of a result needs the other half."""
 
 ROW = "__headrace_row"
 FILE = "__headrace_file"
@@ -64,12 +71,215 @@ class PointInTime:
 
 @contextmanager
 def connection(memory_limit: str | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A DuckDB of its own, in UTC: never shared across a fork or by two threads."""
-    with duckdb.connect() as con:
+    """A DuckDB of its own, in UTC: never shared across a fork or by two threads.
+
+    What exceeds the memory limit (as DuckDB writes it; by default `DEFAULT_MEMORY_LIMIT`) spills to a folder that is
+    removed afterwards.
+    """
+    with tempfile.TemporaryDirectory(prefix="headrace-") as spill, duckdb.connect() as con:
         con.execute("SET TimeZone = 'UTC'")
-        if memory_limit is not None:
-            con.execute("SET memory_limit = ?", [memory_limit])
+        con.execute("SET memory_limit = ?", [memory_limit or DEFAULT_MEMORY_LIMIT])
+        con.execute("SET temp_directory = ?", [spill])
+        con.execute("SET preserve_insertion_order = false")
         yield con
+
+
+class Newest:
+    """The newest row of each key, to be read once, while the context that made it is open.
+
+    Attributes:
+        keys: how many keys there are.
+    """
+
+    def __init__(self, history: History | None, keys: int) -> None:
+        self._history = history
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[tuple[pa.Table, Tails]]:
+        """Chunks of at most `ROWS_A_CHUNK` rows in the contract's schema, in no order, with the tails of the rows.
+
+        Raises:
+            SchemaError: a value in an older or foreign file cannot be cast to the type that the view has now.
+        """
+        if self._history is None or not self.keys:
+            return
+        for table, tails in self._history.winners():
+            tails[tails[:, 0] == 0] = 0
+            yield self._history.named(table), tails
+
+
+@contextmanager
+def newest(
+    contract: ViewContract,
+    files: Sequence[Path],
+    window: Window | None = None,
+    *,
+    memory_limit: str | None = None,
+    keys: pa.Table | None = None,
+) -> Iterator[Newest]:
+    """The newest row of each key within a window, by the total order, ties included.
+
+    Reads keys and times of all rows, then the features of the winners alone. Memory is bounded by the limit. Rows
+    without a key or an event time belong to nobody and are left out.
+
+    Args:
+        files: valid files of the view; those of an older schema, and of others, are cast, their columns by name.
+        keys: only these join keys, in the contract's types.
+
+    Raises:
+        SchemaError: a key or time in an older or foreign file cannot be cast to the type that the view has now.
+    """
+    with connection(memory_limit) as con:
+        if not files:
+            yield Newest(None, 0)
+            return
+        history = History(con, contract, files)
+        yield Newest(history, history.find_winners(window or Window(), keys))
+
+
+class History:
+    """The files of a view as one DuckDB view `history`.
+
+    Its columns are `c0`, `c1`, ... in the order of the contract's schema and in its types, whatever the files have,
+    then `file` and `position`, the place of a row. The files are listed so that among rows of streams a later place is
+    a greater tail: then SQL breaks their ties. Only from `ranked_from` on does that hold: not for rows of other origin,
+    and not where two topics share a partition number.
+    """
+
+    def __init__(self, con: duckdb.DuckDBPyConnection, contract: ViewContract, files: Sequence[Path]) -> None:
+        self._con = con
+        self._contract = contract
+        self._places = sorted(((_stream_of(contract, path), path) for path in files), key=lambda place: place[0] or ())
+        chains = {stream[:3] for stream, _ in self._places if stream is not None}
+        others = sum(stream is None for stream, _ in self._places)
+        one_topic = len(chains) == len({(epoch, partition) for epoch, partition, *_ in chains})
+        self._ranked_from = others if one_topic else len(files)
+        con.execute(f"CREATE TEMP VIEW history AS {self._select(range(len(files)))}")
+
+    def column(self, name: str) -> str:
+        """A column of the contract's schema in SQL."""
+        return f"c{self._contract.schema.get_field_index(name)}"
+
+    @property
+    def keys(self) -> list[str]:
+        """The join keys in SQL; a constant where there are none, as all rows are one key's then."""
+        return [self.column(key) for key in self._contract.join_keys] or ["nobody"]
+
+    @property
+    def time(self) -> str:
+        """The event time in SQL."""
+        return self.column(self._contract.timestamp_field)
+
+    @property
+    def newest_first(self) -> str:
+        """The order of rows with equal event times, as far as SQL knows it."""
+        created = self._contract.created_field
+        first = f"{self.column(created)} DESC NULLS LAST, " if created else ""
+        ranked = f"file >= {self._ranked_from}"
+        return f"{first}CASE WHEN {ranked} THEN file ELSE -1 END DESC, CASE WHEN {ranked} THEN position END DESC"
+
+    def named(self, table: pa.Table) -> pa.Table:
+        """Rows in the contract's schema, from a table with the columns of `history`."""
+        schema = self._contract.schema
+        return table.select([f"c{i}" for i in range(len(schema))]).rename_columns(schema.names).cast(schema)
+
+    def find_winners(self, window: Window, keys: pa.Table | None) -> int:
+        """Make the table `winners` of the places of the newest row of each key; return the count of keys.
+
+        Rows that tie as far as SQL knows are all in it, with the same number as their `tie`.
+        """
+        conditions = [f"{column} IS NOT NULL" for column in self.keys] + [window.condition(self.time)]
+        if keys is not None:
+            asked = keys.select(self._contract.join_keys).rename_columns(self.keys)
+            self._con.register("asked", asked)
+            conditions.append(f"({', '.join(self.keys)}) IN (FROM asked)")
+        same = ", ".join(self.keys)
+        with _naming_casts(self._contract):
+            self._con.execute(
+                f"""CREATE TEMP TABLE winners AS
+                WITH latest AS (
+                    SELECT {same}, max({self.time}) AS {self.time} FROM history
+                    WHERE {" AND ".join(conditions)} GROUP BY ALL
+                ), best AS (
+                    SELECT {same}, file, position FROM history JOIN latest USING ({same}, {self.time})
+                    QUALIFY rank() OVER (PARTITION BY {same} ORDER BY {self.newest_first}) = 1
+                )
+                SELECT file, position,
+                    CASE WHEN count(*) OVER tied > 1 THEN min(file << 32 | position) OVER tied END AS tie
+                FROM best WINDOW tied AS (PARTITION BY {same})"""
+            )
+        counted = self._con.execute("SELECT count(*) - count(tie) + count(DISTINCT tie) FROM winners").fetchone()
+        return int(counted[0]) if counted else 0
+
+    def winners(self) -> Iterator[tuple[pa.Table, Tails]]:
+        """The whole row of each winner, in the columns of `history`, and its tail."""
+        for table in self._rows_at("winners.tie IS NULL"):
+            yield table, self.tails(table)
+        held: pa.Table | None = None
+        for chunk in self._rows_at("winners.tie IS NOT NULL ORDER BY tie"):
+            table = chunk if held is None else pa.concat_tables([held, chunk])
+            ties = table.column("tie").to_numpy()
+            tails = self.tails(table, hashed=True)
+            by = np.lexsort((_sortable(tails), ties))
+            best = by[np.append(ties[by][1:] != ties[by][:-1], True)]
+            if len(best) > 1:
+                yield table.take(pa.array(best[:-1])), tails[best[:-1]]
+            held = table.slice(best[-1], 1)
+        if held is not None:
+            yield held, self.tails(held)
+
+    def tails(self, table: pa.Table, *, hashed: bool = False) -> Tails:
+        """The tails of rows in the columns of `history`; zeros for rows that are no stream's, or, if asked, hashes."""
+        files, positions = table.column("file").to_numpy(), table.column("position").to_numpy()
+        tails = np.zeros((len(files), 17), dtype=np.uint8)
+        for number in np.unique(files):
+            stream, path = self._places[number]
+            if stream is not None:
+                rows = np.flatnonzero(files == number)
+                tails[rows] = stream_tails(Origin(stream[0], stream[1], _accepted(path)[positions[rows]]))
+        others = np.flatnonzero(tails[:, 0] == 0)
+        if hashed and len(others):
+            rows = self.named(table).take(pa.array(others))
+            values = {
+                self._contract.view_name(name): encode_values(self._contract, rows, name)
+                for name in self._contract.features
+            }
+            tails[others] = hash_tails(values)
+        return tails
+
+    def _rows_at(self, which: str) -> Iterator[pa.Table]:
+        """Rows of `history` at the places in `winners`, in chunks. Files without a winner are not opened."""
+        found = self._con.execute(f"SELECT DISTINCT file FROM winners WHERE {which.partition(' ORDER')[0]}").fetchall()
+        if not found:
+            return
+        rows = self._con.sql(
+            f"SELECT h.*, tie FROM ({self._select(sorted(row[0] for row in found))}) h "
+            f"JOIN winners USING (file, position) WHERE {which}"
+        )
+        with _naming_casts(self._contract):
+            for batch in rows.to_arrow_reader(ROWS_A_CHUNK):
+                if batch.num_rows:
+                    yield pa.Table.from_batches([batch])
+
+    def _select(self, files: Sequence[int]) -> str:
+        """The rows of some of the files. The reader casts, and fills columns that a file lacks with nulls."""
+        schema = self._contract.schema
+        types = self._con.from_arrow(schema.empty_table()).types
+        columns = ", ".join(
+            f"{_text(name)}: {{name: 'c{i}', type: {_text(str(kind))}, default_value: NULL}}"
+            for i, (name, kind) in enumerate(zip(schema.names, types, strict=True))
+        )
+        listed = ", ".join(_text(str(self._places[number][1])) for number in files)
+        number = (
+            f"[{', '.join(map(str, files))}][CAST(file_index AS BIGINT) + 1]"
+            if len(files) < len(self._places)
+            else "file_index"
+        )
+        return (
+            f"SELECT {', '.join(f'c{i}' for i in range(len(schema)))}, true AS nobody, "
+            f"CAST({number} AS BIGINT) AS file, file_row_number AS position "
+            f"FROM read_parquet([{listed}], schema = MAP {{{columns}}}, hive_partitioning = false)"
+        )
 
 
 def newest_rows(
@@ -123,6 +333,42 @@ def point_in_time(
     places[rows] = np.arange(len(rows))
     taken = matched.select(list(join.features)).cast(schema)
     return taken.take(pa.array(places, mask=places < 0))
+
+
+def _stream_of(contract: ViewContract, path: Path) -> tuple[int, int, str, int] | None:
+    """`(epoch, partition, topic, first)` of a stream segment in the view's folder; None for any other file."""
+    name = parse_name(path.name) if path.parent == contract.directory else None
+    stream = parse_stream_chain(name.chain) if isinstance(name, SegmentName) else None
+    return (
+        None if stream is None or not isinstance(name, SegmentName) else (stream[2], stream[1], stream[0], name.first)
+    )
+
+
+@lru_cache(maxsize=64)
+def _accepted(path: Path) -> Offsets:
+    return read_accepted(path)
+
+
+@contextmanager
+def _naming_casts(contract: ViewContract) -> Iterator[None]:
+    """DuckDB names file, column and both types; add the view and what to do."""
+    try:
+        yield
+    except duckdb.ConversionException as error:
+        msg = (
+            f"feature view `{contract.name}`: {str(error).splitlines()[0]}; "
+            "give the field its former type, or a new name"
+        )
+        raise SchemaError(msg) from error
+
+
+def _sortable(tails: Tails) -> np.ndarray[tuple[int, ...], np.dtype[np.bytes_]]:
+    return np.ascontiguousarray(tails).view("S17").ravel()
+
+
+def _text(value: str) -> str:
+    """An SQL string."""
+    return "'" + value.replace("'", "''") + "'"
 
 
 def quoted(name: str) -> str:
