@@ -20,13 +20,25 @@ from feast.field import Field
 from feast.infra.offline_stores.file_source import FileSource
 from feast.types import (
     Array,
+    Bool,
     Bytes,
+    Decimal,
+    FeastType,
+    Float32,
+    Float64,
     ImageBytes,
+    Int32,
+    Int64,
     Invalid,
+    Json,
+    Map,
     PdfBytes,
     Set,
+    String,
+    Struct,
+    TimeUuid,
     UnixTimestamp,
-    from_feast_to_pyarrow_type,
+    Uuid,
 )
 
 from headrace.errors import ConfigError
@@ -124,7 +136,7 @@ class ViewContract:
 
         Raises:
             ConfigError: the view has no `FileSource` to hold its history, maps fields differently in its two sources,
-                lacks a type, or has a tag that cannot be understood.
+                lacks a type or has one that cannot be served, or has a tag that cannot be understood.
         """
         source = view.batch_source
         if not isinstance(source, FileSource):
@@ -146,7 +158,10 @@ class ViewContract:
         created = mapped.get(source.created_timestamp_column, source.created_timestamp_column) or None
         timestamp = mapped.get(source.timestamp_field, source.timestamp_field)
         fields = [*entities, *view.features]
-        columns = [pa.field(mapped.get(field.name, field.name), _arrow_type(view, field)) for field in fields]
+        columns = [
+            _column(view, field, mapped.get(field.name, field.name), is_key=index < len(entities))
+            for index, field in enumerate(fields)
+        ]
         columns.append(pa.field(timestamp, TIMESTAMP))
         if created is not None:
             columns.append(pa.field(created, TIMESTAMP))
@@ -175,6 +190,12 @@ class ViewContract:
     def view_name(self, column: str) -> str:
         """What Feast calls a column."""
         return self.field_mapping.get(column, column)
+
+    def dtype(self, column: str) -> FeastType:
+        """The Feast type of a join key or feature."""
+        name = self.view_name(column)
+        fields = (*self.feature_view.features, *self.feature_view.entity_columns)
+        return next(field.dtype for field in fields if field.name == name)
 
     def rule(self, column: str) -> Rule:
         """The rule of a column; an empty one where none is declared."""
@@ -214,27 +235,79 @@ def load_transform(contract: ViewContract, repo_path: Path) -> Transform | None:
     return Transform(contract.transform, function, digest)
 
 
-def _arrow_type(view: FeatureView, field: Field) -> pa.DataType:
-    """The Arrow type of a field. Feast's own table lacks the binary types and nested timestamps."""
-    dtype = field.dtype
-    if dtype in (Bytes, PdfBytes, ImageBytes):
-        return pa.binary()
-    if dtype == UnixTimestamp:
-        return TIMESTAMP
-    if isinstance(dtype, Array | Set) and dtype.base_type in (Bytes, PdfBytes, ImageBytes):
-        return pa.list_(pa.binary())
-    if isinstance(dtype, Array | Set) and dtype.base_type == UnixTimestamp:
-        return pa.list_(TIMESTAMP)
-    if dtype == Invalid:
-        msg = f"feature view `{view.name}`: field `{field.name}` has no type; declare its dtype in the schema"
+def _column(view: FeatureView, field: Field, name: str, *, is_key: bool) -> pa.Field:
+    """A column of the segments, or a clear refusal of what could never be served."""
+    where = f"feature view `{view.name}`: field `{field.name}`"
+    if field.dtype == Invalid:
+        msg = f"{where} has no type; declare its dtype in the schema"
         raise ConfigError(msg)
-    try:
-        if isinstance(dtype, Set):
-            return pa.list_(from_feast_to_pyarrow_type(dtype.base_type))
-        return from_feast_to_pyarrow_type(dtype)
-    except ValueError as error:
-        msg = f"feature view `{view.name}`: field `{field.name}` has type {dtype}, which has no Arrow type; use another"
-        raise ConfigError(msg) from error
+    if is_key and field.dtype not in _KEY_TYPES:
+        msg = (
+            f"{where} is a join key of type {field.dtype}; Feast serializes keys of Int32, Int64, String, Bytes and "
+            "UnixTimestamp only; use one of these"
+        )
+        raise ConfigError(msg)
+    kind = _arrow_type(field.dtype)
+    if kind is None or field.dtype == Set(Json):  # which has an Arrow type, but no value type
+        msg = (
+            f"{where} has type {field.dtype}, which Feast cannot take from a table; use another, such as String or Json"
+        )
+        raise ConfigError(msg)
+    return pa.field(name, kind)
+
+
+_KEY_TYPES = (Int32, Int64, String, Bytes, UnixTimestamp)
+
+_ITEMS: Mapping[FeastType, pa.DataType] = {
+    Bool: pa.bool_(),
+    Int32: pa.int32(),
+    Int64: pa.int64(),
+    Float32: pa.float32(),
+    Float64: pa.float64(),
+    String: pa.string(),
+    Uuid: pa.string(),
+    TimeUuid: pa.string(),
+    Decimal: pa.string(),
+    Json: pa.string(),
+    Bytes: pa.binary(),
+    UnixTimestamp: TIMESTAMP,
+}
+"""Types that may be alone or in a collection."""
+
+
+def _arrow_type(dtype: FeastType) -> pa.DataType | None:
+    """The Arrow type of a column that Feast's own readers of the folder take for `dtype`; None if there is none.
+
+    Maps are JSON text: Feast fails on Arrow's map type, and a struct would give every row the entries of all.
+    """
+    if dtype in (PdfBytes, ImageBytes):
+        return pa.binary()
+    if dtype == Map or (isinstance(dtype, Array) and dtype.base_type == Map):
+        return pa.string()
+    if isinstance(dtype, Struct):
+        fields = {name: _arrow_type(inner) for name, inner in dtype.fields.items() if _fits_struct(inner)}
+        if len(fields) < len(dtype.fields) or None in fields.values():
+            return None
+        return pa.struct(list(fields.items()))
+    if isinstance(dtype, Array) and isinstance(dtype.base_type, Struct):
+        item = _arrow_type(dtype.base_type)
+        return None if item is None else pa.list_(item)
+    if isinstance(dtype, Array | Set):
+        return _collection_type(dtype)
+    return _ITEMS.get(dtype)
+
+
+def _collection_type(dtype: Array | Set) -> pa.DataType | None:
+    base = dtype.base_type
+    item = _collection_type(base) if isinstance(base, Array | Set) else _ITEMS.get(base)
+    return None if item is None else pa.list_(item)
+
+
+def _fits_struct(dtype: FeastType) -> bool:
+    """Feast takes what a struct holds by the look of it, which tells neither sets nor maps nor lists of lists."""
+    if isinstance(dtype, Array):
+        return not isinstance(dtype.base_type, Array | Set) and dtype.base_type != Map
+    return not isinstance(dtype, Set) and dtype != Map
 
 
 def _rule(view: FeatureView, field: Field, column: str) -> Rule:
