@@ -16,7 +16,7 @@ import re
 import socket
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import lru_cache
@@ -29,15 +29,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from headrace.errors import LedgerError
+from headrace.errors import ConfigError, LedgerError, TransientError
 from headrace.faults import reached
 
 FORMAT_VERSION = 1
 SUFFIX = ".parquet"
-_META = b"headrace"
-_ACCEPTED = b"headrace.accepted"
-_CHAIN_NAME = re.compile(r"^(?P<chain>(?:stream-.+-\d+-\d+|push|replay-.+))-(?P<level>[0-3])-(?P<first>\d{20})$")
-_DAY_NAME = re.compile(r"^batch-(?P<day>\d{4}-\d{2}-\d{2})-(?P<snapshot>\d{20})$")
+META = b"headrace"
+ACCEPTED = b"headrace.accepted"
+_CHAIN = re.compile(r"stream-.+-\d+-\d+|push|replay-.+")
+_TEMPORARY = re.compile(r"\..+\.parquet\.[0-9a-f]{32}\.tmp")
+_DAY_NAME = re.compile(r"batch-(?P<day>\d{4}-\d{2}-\d{2})-(?P<snapshot>\d{20})")
+_ENDING = len("-0-") + 20 + len(SUFFIX)
+
+LEVELS = (0, 1, 2, 3)
+"""0 is appended to, 1 and 2 are compaction's, 3 is retention's."""
+
+ROWS_A_GROUP = 131_072
+"""Rows of a row group: enough to compress and scan well, few enough that its statistics let a reader skip it."""
+
+_TRIES = 10
 
 Offsets = npt.NDArray[np.int64]
 
@@ -77,9 +87,10 @@ class Footer:
         transforms: the hashes of the transformations that made the rows.
         servers: the ids of the online servers that had the rows when the segment was appended.
         writer, append: the process, and the id of this very append.
-        mark: `before` (positions from before Headrace began), `gap` (a head that the topic lost), `closed`.
+        mark: `before` (positions from before Headrace began), `gap` (a head that the topic lost), `closed`,
+            `retained` (rows that retention removed).
         successor: for a closed chain, the new topic's id and its start.
-        extra: of a day, what the batch chain notes: content hash and the like.
+        extra: of a day, what the batch chain notes: content hash and the like; of what retention made, its horizon.
     """
 
     next: int
@@ -120,18 +131,45 @@ class Footer:
         return cls(**known)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows that are too many to hold: `chunks` gives them anew each time it is called; a chunk is a row group."""
+
+    schema: pa.Schema
+    chunks: Callable[[], Iterable[pa.Table]]
+
+
+def chain_of(entry: str) -> str | None:
+    """The chain that a file name belongs to; None for one that is no segment of a chain."""
+    number = entry[-28:-8]
+    if entry[-8:] != SUFFIX or entry[-29:-28] != "-" or entry[-31:-30] != "-" or entry[-30:-29] not in "0123":
+        return None
+    if len(number) != 20 or not number.isdecimal() or not number.isascii():
+        return None
+    chain = entry[:-_ENDING]
+    return chain if _is_chain(chain) else None
+
+
 def parse_name(name: str) -> SegmentName | DayName | None:
     """The meaning of a file name; None for a file that is not ours."""
-    if not name.endswith(SUFFIX):
-        return None
-    stem = name[: -len(SUFFIX)]
-    if match := _DAY_NAME.match(stem):
+    chain = chain_of(name)
+    if chain is not None:
+        return SegmentName(chain, int(name[-30]), int(name[-28:-8]))
+    if name.startswith("batch-") and (match := _DAY_NAME.fullmatch(name.removesuffix(SUFFIX))):
         with contextlib.suppress(ValueError):
-            return DayName(date.fromisoformat(match["day"]), int(match["snapshot"]))
-        return None
-    if match := _CHAIN_NAME.match(stem):
-        return SegmentName(match["chain"], int(match["level"]), int(match["first"]))
+            day = DayName(date.fromisoformat(match["day"]), int(match["snapshot"]))
+            return day if str(day) == name else None
     return None
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file name is that of a segment being written."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+@lru_cache(maxsize=65_536)
+def _is_chain(name: str) -> bool:
+    return _CHAIN.fullmatch(name) is not None
 
 
 def stream_chain(topic: str, partition: int, epoch: int) -> str:
@@ -158,7 +196,12 @@ def writer_id() -> str:
 
 
 def create(
-    path: Path, table: pa.Table, footer: Footer, accepted: Offsets | None = None, *, operation: str = "append"
+    path: Path,
+    rows: pa.Table | Rows,
+    footer: Footer,
+    accepted: Offsets | None = None,
+    *,
+    operation: str = "append",
 ) -> bool:
     """Create a segment exclusively and durably; the name appears with its whole content or not at all.
 
@@ -167,28 +210,52 @@ def create(
 
     Returns:
         False when the name was taken by another append; True when it is ours, also by an earlier try.
+
+    Raises:
+        ConfigError: the view's folder is a file.
+        LedgerError: the name is taken by a file that cannot be read.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{footer.append}.tmp")
     try:
-        _write(temporary, table, footer, accepted, operation)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return read_footer(path).append == footer.append
-        reached(f"{operation}.3.linked")
+        is_new = _linked(temporary, path, rows, footer, accepted, operation)
+        if not is_new and not _has_append(path, footer.append):
+            return False
         _fsync_folder(path.parent)
         reached(f"{operation}.4.folder-fsynced")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what stays is removed by the next compaction
+            temporary.unlink()
     reached(f"{operation}.5.temporary-removed")
     return True
 
 
-def remove(path: Path) -> None:
-    """Remove a segment durably; one that is gone already is fine."""
-    path.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+def lift(source: Path, target: Path) -> bool:
+    """Give a segment a second name, exclusively and durably: what a copy to a higher level would do, without the copy.
+
+    Returns:
+        False when the name is taken.
+
+    Raises:
+        FileNotFoundError: the source is gone.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    reached("lift.1.linked")
+    _fsync_folder(target.parent)
+    reached("lift.2.folder-fsynced")
+    return True
+
+
+def remove(*paths: Path, step: str = "remove.1.removed") -> None:
+    """Remove files of one folder, in the order given, durably; those that are gone already are fine."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+        reached(step)
+    if paths:
+        _fsync_folder(paths[0].parent)
 
 
 def read_footer(path: Path) -> Footer:
@@ -206,7 +273,7 @@ def read_footer(path: Path) -> Footer:
 def _read_footer(path: Path, size: int, mtime_ns: int) -> Footer:
     try:
         metadata = pq.read_metadata(path).metadata or {}
-        return Footer.from_json(metadata[_META])
+        return Footer.from_json(metadata[META])
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOENT:
             raise
@@ -220,7 +287,7 @@ def _read_footer(path: Path, size: int, mtime_ns: int) -> Footer:
 def read_accepted(path: Path) -> Offsets:
     """The offset of each row of a stream segment, in row order, ascending."""
     metadata = pq.read_metadata(path).metadata or {}
-    return decode_ranges(metadata[_ACCEPTED]) if _ACCEPTED in metadata else np.empty(0, dtype=np.int64)
+    return decode_ranges(metadata[ACCEPTED]) if ACCEPTED in metadata else np.empty(0, dtype=np.int64)
 
 
 def encode_ranges(offsets: Offsets) -> bytes:
@@ -275,14 +342,52 @@ def time_bounds(table: pa.Table, column: str) -> tuple[int | None, int | None]:
     return bounds["min"].as_py(), bounds["max"].as_py()
 
 
-def _write(path: Path, table: pa.Table, footer: Footer, accepted: Offsets | None, operation: str) -> None:
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        msg = (
+            f"{folder} is a file, and rows are appended to a folder of segments; "
+            "make a folder of that name and move the file into it: its rows stay history"
+        )
+        raise ConfigError(msg) from error
+
+
+def _linked(
+    temporary: Path, path: Path, rows: pa.Table | Rows, footer: Footer, accepted: Offsets | None, operation: str
+) -> bool:
+    """Write the file and link it; False where the name is taken."""
+    for _ in range(_TRIES):
+        _write(temporary, rows, footer, accepted, operation)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except FileNotFoundError:  # this process slept so long that its file was taken for a dead one's
+            continue
+        reached(f"{operation}.3.linked")
+        return True
+    msg = f"{temporary} was removed {_TRIES} times while it was being written; is the grace of compaction too short?"
+    raise TransientError(msg)
+
+
+def _has_append(path: Path, append: str) -> bool:
+    try:
+        return read_footer(path).append == append
+    except FileNotFoundError:
+        return False
+
+
+def _write(path: Path, rows: pa.Table | Rows, footer: Footer, accepted: Offsets | None, operation: str) -> None:
+    chunks = rows.chunks() if isinstance(rows, Rows) else (rows,)
     with path.open("wb") as sink:
         # Without Arrow's own schema entry the footer has ours alone; the types survive, being Parquet's.
-        with pq.ParquetWriter(sink, table.schema, compression="zstd", store_schema=False) as writer:
-            writer.write_table(table)
-            entries = {_META.decode(): footer.to_json()}
+        with pq.ParquetWriter(sink, rows.schema, compression="zstd", store_schema=False) as writer:
+            for chunk in chunks:
+                writer.write_table(chunk, row_group_size=ROWS_A_GROUP)
+            entries = {META.decode(): footer.to_json()}
             if accepted is not None and len(accepted):
-                entries[_ACCEPTED.decode()] = encode_ranges(accepted).decode()
+                entries[ACCEPTED.decode()] = encode_ranges(accepted).decode()
             writer.add_key_value_metadata(entries)
         sink.flush()
         reached(f"{operation}.1.temporary-written")

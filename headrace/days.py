@@ -1,0 +1,90 @@
+"""Days of the batch chain: one file a snapshot, the newest counts."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from datetime import date
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.contract import ViewContract
+from headrace.folder import DayFile, Folder
+from headrace.segments import DayName, Footer, create, new_append_id, remove, time_bounds, writer_id
+
+
+def day_files(contract: ViewContract) -> dict[date, DayFile]:
+    """The snapshot that counts of each ETL day, by day."""
+    return Folder.of(contract).days()
+
+
+def replace_day(
+    contract: ViewContract, day: date, table: pa.Table, *, footer: Mapping[str, Any] | None = None
+) -> DayFile:
+    """Publish a snapshot of an ETL day; the newest counts, older ones are removed at once.
+
+    Atomic, durable, idempotent: the same content again writes nothing.
+
+    Args:
+        table: the whole day in the contract's schema; empty is an empty day.
+        footer: what else the footer shall say, as JSON.
+    """
+    folder = Folder.of(contract)
+    digest = content_hash(table)
+    present = folder.days().get(day)
+    if present is None or present.content_hash != digest:
+        low, high = time_bounds(table, contract.timestamp_field)
+        snapshot = time.time_ns() // 1000
+        if present is not None:
+            snapshot = max(snapshot, present.snapshot + 1)
+        note = Footer(
+            next=table.num_rows,
+            min_us=low,
+            max_us=high,
+            writer=writer_id(),
+            append=new_append_id(),
+            extra={**(footer or {}), "content_hash": digest},
+        )
+        while not create(folder.path_of(DayName(day, snapshot)), table, note, operation="day"):
+            snapshot += 1
+    remove_superseded(folder, day)
+    return folder.days()[day]
+
+
+def remove_superseded(folder: Folder, day: date) -> None:
+    """Remove the snapshots of a day that a newer one replaced."""
+    own = sorted(name for name in folder.names() if isinstance(name, DayName) and name.day == day)
+    remove(*map(folder.path_of, own[:-1]), step="day.6.old-removed")
+
+
+def content_hash(table: pa.Table) -> str:
+    """A hash of the values of a table in row order, whatever its chunks and padding. 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for column, field in zip(table.columns, table.schema, strict=True):
+        digest.update(f"{field.name}:{field.type};".encode())
+        combined = column.combine_chunks()
+        _feed(digest, combined.chunk(0) if isinstance(combined, pa.ChunkedArray) and combined.num_chunks else combined)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, values: pa.Array | pa.ChunkedArray) -> None:
+    kind = values.type
+    digest.update(np.packbits(np.asarray(values.is_valid().to_numpy(zero_copy_only=False), dtype=bool)).tobytes())
+    if pa.types.is_timestamp(kind):
+        values = values.cast(pa.int64())
+        kind = values.type
+    if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        filled = values.fill_null(pa.scalar(0).cast(kind)) if values.null_count else values
+        digest.update(np.ascontiguousarray(filled.to_numpy(zero_copy_only=False)).tobytes())
+    elif pa.types.is_list(kind):
+        digest.update(pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False).tobytes())
+        _feed(digest, values.flatten())
+    else:
+        for value in values.to_pylist():
+            piece = repr(value).encode()
+            digest.update(len(piece).to_bytes(8, "little"))
+            digest.update(piece)

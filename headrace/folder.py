@@ -1,0 +1,307 @@
+"""The folder of a view: which of its files count, and where each chain ends. Everything reads through this.
+
+`derive` is the one function from which readers, the ledger, compaction and retention learn the valid files of a chain.
+Listings are no snapshots: whoever finds a file gone, a hole or an overlap lists again; what stays is a fault.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from headrace.contract import ViewContract
+from headrace.errors import LedgerError
+from headrace.segments import (
+    LEVELS,
+    SUFFIX,
+    DayName,
+    Footer,
+    SegmentName,
+    chain_of,
+    parse_name,
+    read_footer,
+)
+
+log = logging.getLogger(__name__)
+
+_LISTINGS = 5
+_LISTING_PAUSE_S = 0.05
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain as one listing shows it.
+
+    Attributes:
+        name: as in the file names.
+        valid: the valid segments, ascending; together they span `[0, end)` without hole or overlap.
+        end: the position where the next segment will start.
+        closed: the footer of the closing file; None while the chain is open.
+    """
+
+    name: str
+    valid: tuple[SegmentName, ...]
+    end: int
+    closed: Footer | None
+
+
+@dataclass(frozen=True)
+class Tip:
+    """Where a chain ends; `last` is its newest file and `footer` that file's, None where there is no file."""
+
+    end: int
+    last: SegmentName | None
+    footer: Footer | None
+
+
+@dataclass(frozen=True)
+class DayFile:
+    """The snapshot of an ETL day that counts."""
+
+    date: date
+    snapshot: int
+    path: Path
+    rows: int
+    content_hash: str
+
+
+def derive(name: str, segments: Iterable[SegmentName], footer_of: Callable[[SegmentName], Footer]) -> Chain:
+    """The valid segments and the end of a chain, from its files.
+
+    A file counts only if its `first` is at or beyond the end of every higher level. Reads one footer a valid file.
+
+    Raises:
+        LedgerError: the valid files leave a hole or overlap.
+    """
+    levels: dict[int, list[SegmentName]] = {}
+    for segment in segments:
+        levels.setdefault(segment.level, []).append(segment)
+    valid: list[SegmentName] = []
+    end = 0
+    closed: Footer | None = None
+    for level in sorted(levels, reverse=True):
+        for segment in sorted(s for s in levels[level] if s.first >= end):
+            if segment.first != end:
+                kind = "a hole" if segment.first > end else "an overlap"
+                msg = (
+                    f"chain `{name}`: {kind} at position {end}: the next file is {segment}; "
+                    "nothing may be removed from the folder by hand; restore the missing file"
+                )
+                raise LedgerError(msg)
+            mark = footer_of(segment)
+            if mark.mark == "closed":
+                closed = mark
+            elif mark.next <= segment.first:
+                msg = f"chain `{name}`: {segment} ends at {mark.next}, not beyond its start; move the file away"
+                raise LedgerError(msg)
+            end = max(end, mark.next)
+            valid.append(segment)
+    return Chain(name, tuple(valid), end, closed)
+
+
+class Folder:
+    """The segments of one view in one folder.
+
+    Args:
+        path: the folder. It may be a single Parquet file, as stock repositories have it: then that is the one foreign
+            file, and nothing can be appended.
+        required: the columns without which a foreign file is of no use; `Folder.of` knows them.
+    """
+
+    def __init__(self, path: Path, required: Sequence[str] = ()) -> None:
+        self.path = path
+        self._required = tuple(required)
+
+    @classmethod
+    def of(cls, contract: ViewContract) -> Folder:
+        """The folder of a view."""
+        created = () if contract.created_field is None else (contract.created_field,)
+        return cls(contract.directory, (*contract.join_keys, contract.timestamp_field, *created))
+
+    def names(self) -> list[SegmentName | DayName]:
+        """All segments and days by name; files that are not ours are not in it. Empty without the folder."""
+        return [name for entry in self._entries() if (name := parse_name(entry)) is not None]
+
+    def chain(self, name: str) -> Chain:
+        """One chain; of no files and end 0 where there is none."""
+        return self.settled(lambda: self.derive(name, _segments(name, self._entries())))
+
+    def chains(self) -> dict[str, Chain]:
+        """Every chain of the folder, by name."""
+        return self.settled(lambda: self._chains(self.names()))
+
+    def tip(self, name: str) -> Tip:
+        """Where a chain ends. Reads the last file of each level alone, so the cost is a listing, whatever the history.
+
+        A hole further down is not seen; `chain` sees it.
+        """
+        return self.settled(lambda: self._tip(name, self._entries()))
+
+    def newest_tip(self, prefix: str, number: Callable[[str], int | None]) -> tuple[str, Tip] | None:
+        """The chain of the greatest number among those that begin with a prefix, and its end; None without one.
+
+        Args:
+            number: the number of a chain by its name; None for one that does not belong.
+        """
+
+        def read() -> tuple[str, Tip] | None:
+            entries = [entry for entry in self._entries() if entry.startswith(prefix)]
+            names = {chain for entry in entries if (chain := chain_of(entry)) is not None}
+            numbered = [(n, chain) for chain in names if (n := number(chain)) is not None]
+            if not numbered:
+                return None
+            newest = max(numbered)[1]
+            return newest, self._tip(newest, entries)
+
+        return self.settled(read)
+
+    def days(self) -> dict[date, DayFile]:
+        """The snapshot that counts of each ETL day, by day."""
+        return self.settled(lambda: self._days(self.names()))
+
+    def files(self) -> list[Path]:
+        """Every valid file with rows or without: chains, then days, then foreign files. What a reader must open."""
+
+        def read() -> list[Path]:
+            names = self.names()
+            chains = [self.path_of(segment) for chain in self._chains(names).values() for segment in chain.valid]
+            return chains + [day.path for day in self._days(names).values()]
+
+        return self.settled(read) + self.foreign()
+
+    def foreign(self) -> list[Path]:
+        """Parquet files that somebody else wrote, in the folder or below it; hidden ones (`.`, `_`) are not read.
+
+        They are history too. One that cannot be read or lacks a required column is named in a warning and left out.
+        """
+        found = [self.path] if self.path.is_file() else sorted(_foreign(self.path, is_top=True))
+        return [path for path in found if self._is_usable(path)]
+
+    def path_of(self, name: SegmentName | DayName) -> Path:
+        """Where a segment of this folder lies."""
+        return self.path / str(name)
+
+    def derive(self, chain: str, segments: Iterable[SegmentName]) -> Chain:
+        """`derive` with this folder's footers. Not settled: a file may be gone meanwhile."""
+        return derive(chain, segments, lambda segment: read_footer(self.path_of(segment)))
+
+    def settled(self, read: Callable[[], Result]) -> Result:
+        """What a reading of the folder says, listing again while files go or come in the middle of it."""
+        for attempt in range(_LISTINGS):
+            try:
+                return read()
+            except (FileNotFoundError, LedgerError):
+                if attempt == _LISTINGS - 1:
+                    raise
+                time.sleep(_LISTING_PAUSE_S * attempt)
+        raise AssertionError  # the loop returns or raises
+
+    def segments(self, chain: str) -> list[SegmentName]:
+        """All files of a chain, valid or not."""
+        return _segments(chain, self._entries())
+
+    def _entries(self) -> list[str]:
+        try:
+            return os.listdir(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def _tip(self, chain: str, entries: Iterable[str]) -> Tip:
+        # The positions in names have one width, so the last file of a level is the greatest name.
+        newest: dict[str, str] = {}
+        for entry in entries:
+            if entry.startswith(chain) and chain_of(entry) == chain:
+                digit = entry[len(chain) + 1]
+                newest[digit] = max(newest.get(digit, ""), entry)
+        tip = Tip(0, None, None)
+        for level in reversed(LEVELS):
+            segment = parse_name(newest.get(str(level), ""))
+            if isinstance(segment, SegmentName) and segment.first >= tip.end:
+                footer = read_footer(self.path_of(segment))
+                tip = Tip(max(tip.end, footer.next), segment, footer)
+        return tip
+
+    def _chains(self, names: Iterable[SegmentName | DayName]) -> dict[str, Chain]:
+        own: dict[str, list[SegmentName]] = {}
+        for name in names:
+            if isinstance(name, SegmentName):
+                own.setdefault(name.chain, []).append(name)
+        return {chain: self.derive(chain, own[chain]) for chain in sorted(own)}
+
+    def _days(self, names: Iterable[SegmentName | DayName]) -> dict[date, DayFile]:
+        newest: dict[date, DayName] = {}
+        for name in names:
+            if isinstance(name, DayName) and (name.day not in newest or newest[name.day] < name):
+                newest[name.day] = name
+        return {day: self._day(name) for day, name in sorted(newest.items())}
+
+    def _day(self, name: DayName) -> DayFile:
+        path = self.path_of(name)
+        mark = read_footer(path)
+        return DayFile(name.day, name.snapshot, path, mark.next, str(mark.extra.get("content_hash", "")))
+
+    def _is_usable(self, path: Path) -> bool:
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            return False
+        return _is_usable(path, self._required, stat.st_size, stat.st_mtime_ns)
+
+
+def horizons(folder: Folder) -> Mapping[str, int]:
+    """The horizon of retention that each retained range and emptied day records, by file name, microseconds."""
+
+    def read() -> dict[str, int]:
+        retained = [n for n in folder.names() if isinstance(n, SegmentName) and n.level == LEVELS[-1]]
+        paths = [*map(folder.path_of, retained), *(day.path for day in folder.days().values() if day.rows == 0)]
+        extras = {path.name: read_footer(path).extra for path in paths}
+        return {name: int(extra["horizon_us"]) for name, extra in extras.items() if "horizon_us" in extra}
+
+    return folder.settled(read)
+
+
+def _segments(chain: str, entries: Iterable[str]) -> list[SegmentName]:
+    own = (parse_name(entry) for entry in entries if entry.startswith(chain) and chain_of(entry) == chain)
+    return [name for name in own if isinstance(name, SegmentName)]
+
+
+def _foreign(folder: Path, *, is_top: bool) -> Iterator[Path]:
+    try:
+        entries = os.scandir(folder)
+    except FileNotFoundError:
+        return
+    with entries:
+        for entry in entries:
+            if entry.name.startswith((".", "_")):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _foreign(Path(entry.path), is_top=False)
+            elif entry.name.endswith(SUFFIX) and not (is_top and parse_name(entry.name) is not None):
+                yield Path(entry.path)
+
+
+@lru_cache(maxsize=65_536)
+def _is_usable(path: Path, required: tuple[str, ...], size: int, mtime_ns: int) -> bool:
+    """Whether a foreign file can be read as history. Cached, so that one that cannot is named once a process."""
+    try:
+        found = pq.read_schema(path).names
+    except (pa.ArrowException, OSError) as error:
+        log.warning("%s is left out: it is not readable Parquet (%s); repair it or move it away", path, error)
+        return False
+    missing = [name for name in required if name not in found]
+    if missing:
+        text = "%s is left out: it lacks %s, it has %s; add the columns or move it away"
+        log.warning(text, path, ", ".join(missing), ", ".join(found))
+    return not missing
