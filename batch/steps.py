@@ -123,14 +123,15 @@ def materialize(view: str, watcher: Watcher) -> dict[str, Any]:
     """Bring to the online store what arrived offline."""
     store, contract = _open(view)
     watcher.say("looking for what arrived")
-    done = materialize_arrived(store, contract, progress=lambda rows, total: watcher.say_progress(rows, total, "rows"))
-    rows = f"{done.rows:,} rows, {done.keys_written:,} keys written"
-    watcher.say("nothing new" if done.already else rows, 100)
+    done = materialize_arrived(store, contract, progress=lambda keys, total: watcher.say_progress(keys, total, "keys"))
+    keys = f"the newest rows of {done.keys:,} keys, {done.keys_written:,} written"
+    watcher.say("nothing new" if done.already else keys, 100)
     return {
-        "rows": done.rows,
+        "keys": done.keys,
         "keys_written": done.keys_written,
         "days": list(done.days),
         "chains": {name: list(ends) for name, ends in done.chains.items()},
+        "files": list(done.files),
         "already": done.already,
     }
 

@@ -173,7 +173,7 @@ def test_the_online_store_serves_what_was_read(here: Place) -> None:
     assert answer["streets"] == [["High St", "Low St"], None]
     assert answer["is_shared"] == [True, None]
     receipt = json.loads((here.folder("rides", D).parent / "materialize.json").read_text(encoding="utf-8"))
-    assert (receipt["rows"], receipt["keys_written"], receipt["days"]) == (20, 20, [str(D)])
+    assert (receipt["keys"], receipt["keys_written"], receipt["days"]) == (20, 20, [str(D)])
 
 
 def test_late_corrected_and_deleted_rows_come_with_the_next_run(here: Place) -> None:

@@ -35,7 +35,12 @@ def redis_online(address: str, database: int = 0) -> dict[str, Any]:
     }
 
 
-def config(home: Path, online: Mapping[str, Any] | None = None, project: str = "test") -> RepoConfig:
+def config(
+    home: Path,
+    online: Mapping[str, Any] | None = None,
+    project: str = "test",
+    engine: Mapping[str, Any] | None = None,
+) -> RepoConfig:
     """The configuration of a repository in `home`, with an SQL registry of its own."""
     (home / "data").mkdir(parents=True, exist_ok=True)
     made = RepoConfig(
@@ -44,6 +49,7 @@ def config(home: Path, online: Mapping[str, Any] | None = None, project: str = "
         registry={"registry_type": "sql", "path": f"sqlite:///{home}/data/registry.db"},
         offline_store={"type": "headrace.offline.HeadraceOfflineStore"},
         online_store=dict(online or sqlite_online()),
+        batch_engine=dict(engine or {"type": "local"}),
         entity_key_serialization_version=3,
     )
     made.repo_path = home
