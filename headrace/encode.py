@@ -88,12 +88,14 @@ def encode(contract: ViewContract, table: pa.Table, tails: Tails | None = None) 
     if len(rows) < table.num_rows:
         table, keys, tails = table.take(pa.array(rows)), keys.take(pa.array(rows)), tails[rows]
         event, created, has_created = event[rows], created[rows], has_created[rows]
+    known = created.astype(object)
+    known[~has_created] = None
     values = {contract.view_name(name): _serialized(contract, table, name) for name in contract.features}
     encoded = EncodedRows(
         keys=to_list(keys),
         order=order_keys(event, created, has_created, _with_hashes(tails, values)),
         event_us=event.tolist(),
-        created_us=np.where(has_created, created.astype(object), None).tolist(),
+        created_us=known.tolist(),
         values={name: to_list(column) for name, column in values.items()},
     )
     return newest(encoded) if tied else encoded

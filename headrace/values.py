@@ -10,7 +10,7 @@ What is stored and what is served, by Feast type:
 | Uuid, TimeUuid, Decimal, Json | text | their text, as given |
 | Map, Array(Map) | text, a JSON object or array of objects | `map_val`, `map_list_val`, types by Feast's inference |
 | Struct, Array(Struct) | struct, list of struct | `struct_val`, `struct_list_val`, types by Feast's inference |
-| Array, Set of Bool, Int32, ..., Json | list | typed lists; timestamps in them rounded to zero |
+| Array, Set of Bool, Int32, ..., Json | list | typed lists; timestamps in lists rounded toward zero |
 | Array, Set of Array or Set of those | list of list | `list_val`, `set_val` of lists; empty ones within are null |
 | ScalarMap, ZonedTimestamp, Set(Json), and what else Feast has no value type for | refused by the contract | |
 
@@ -146,24 +146,28 @@ def to_list(serialized: pa.Array) -> list[bytes]:
     return filled
 
 
-def _list(field: str, column: pa.Array, *, unique: bool = False, null: str = "", down: bool = False) -> pa.Array:
-    """The `Value` of each typed list; a null list is an empty one. `down`: how timestamps are rounded."""
+def _list(field: str, column: pa.Array, *, unique: bool, null: str = "", within: bool = False) -> pa.Array:
+    """The `Value` of each typed list; a null list is an empty one.
+
+    Args:
+        unique: it is a set.
+        null: what a null text is.
+        within: it is in a list itself; timestamps are rounded down there and in sets, else toward zero.
+    """
     items, lengths = _items(column)
+    if pa.types.is_timestamp(items.type):
+        items = pa.array(_seconds(items, np.floor_divide if unique or within else _toward_zero))
     if unique:
         items, lengths = _distinct(items, lengths)
     offsets = _offsets(lengths)
-    kind = items.type
-    if pa.types.is_floating(kind):
+    if pa.types.is_floating(items.type):
         numbers = _numbers(items, np.nan)
         message = prefixed(_FIRST, binary(numbers, offsets * numbers.itemsize), keep_empty=False)
-    elif pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_timestamp(kind):
-        if pa.types.is_timestamp(kind):
-            numbers = _seconds(items, np.floor_divide if down else _toward_zero)
-        else:
-            numbers = _numbers(items.cast(pa.int64()), 0)
+    elif pa.types.is_integer(items.type) or pa.types.is_boolean(items.type):
+        numbers = _numbers(items.cast(pa.int64()), 0)
         message = prefixed(_FIRST, _grouped(varints(numbers), offsets), keep_empty=False)
     else:
-        texts = items.fill_null(null if pa.types.is_string(kind) else null.encode())
+        texts = items.fill_null(null if pa.types.is_string(items.type) else null.encode())
         message = _grouped(prefixed(_FIRST, texts.cast(pa.binary()).cast(BINARY)), offsets)
     return prefixed(_tag(field, _LEN), message)
 
@@ -174,7 +178,7 @@ def _nested(field: str, column: pa.Array) -> pa.Array:
     if _is_list(items.type.value_type):
         inner = _nested("list_val", items)
     else:
-        inner = _list(_INFERRED_LISTS[items.type.value_type], items, down=True)
+        inner = _list(_INFERRED_LISTS[items.type.value_type], items, unique=False, within=True)
     some = pc.greater(pc.list_value_length(items), 0).fill_null(False)
     values = prefixed(_FIRST, pc.if_else(some, inner, pa.scalar(b"", BINARY)))
     return prefixed(_tag(field, _LEN), _grouped(values, _offsets(lengths)))
