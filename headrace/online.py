@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -25,6 +26,36 @@ Mark = Mapping[str, Any]
 """What has been materialized of a view, see `headrace.materialize`."""
 
 
+@dataclass(frozen=True)
+class StoredRows:
+    """What an online store holds of some keys. All sequences have the same length and order.
+
+    Attributes:
+        keys: serialized entity keys.
+        order: of what is stored; None: nothing. A row that a stock client wrote has the order that its time means.
+        event_us: event times, microseconds since the epoch; None: nothing is stored.
+        values: serialized values by feature name; empty bytes are null, or no field at all.
+    """
+
+    keys: list[bytes]
+    order: list[bytes | None]
+    event_us: list[int | None]
+    values: Mapping[str, list[bytes]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, rows: Int64s) -> StoredRows:
+        """These rows alone, in the order given."""
+        at = rows.tolist()
+        return StoredRows(
+            [self.keys[i] for i in at],
+            [self.order[i] for i in at],
+            [self.event_us[i] for i in at],
+            {name: [column[i] for i in at] for name, column in self.values.items()},
+        )
+
+
 @runtime_checkable
 class NewestWinsStore(Protocol):
     """An online store of ours."""
@@ -33,6 +64,25 @@ class NewestWinsStore(Protocol):
         """Write each row whose order is not smaller than the stored one; the rest is turned away.
 
         Atomic for each row, whoever else writes; idempotent. Returns how many were written.
+        """
+
+    def read_stored(self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes]) -> StoredRows:
+        """What is stored of these keys, aligned with them. Not one snapshot of all, but whole rows."""
+
+    def stored_keys(self, config: RepoConfig, view: FeatureView) -> Iterator[list[bytes]]:
+        """The keys that hold this view, in chunks. A key may come twice; every key that stays is there."""
+
+    def replace_exact(
+        self, config: RepoConfig, view: FeatureView, seen: StoredRows, new: EncodedRows | None
+    ) -> list[bool]:
+        """Compare and set, row by row: only where what is stored is exactly what was seen.
+
+        Args:
+            seen: from `read_stored`; where nothing was seen, nothing may be stored.
+            new: the rows to store, aligned with `seen`, with their orders even if these are smaller; None: delete.
+
+        Returns:
+            Which rows were done.
         """
 
     def server_ids(self, config: RepoConfig) -> tuple[str, ...]:
@@ -104,6 +154,24 @@ def encode_feast_rows(config: RepoConfig, view: FeatureView, data: Sequence[Feas
     version = config.entity_key_serialization_version
     keys = [serialize_entity_key(row[0], entity_key_serialization_version=version) for row in data]
     return newest(EncodedRows(keys, order, event.tolist(), created, values))
+
+
+def stock_order(event_us: int) -> bytes:
+    """The order of a row of which only the time is known, as stock Feast writes them: the lowest of that time."""
+    time = np.array([event_us], dtype=np.int64)
+    return order_keys(time, time, np.zeros(1, dtype=bool), np.zeros((1, 17), dtype=np.uint8))[0]
+
+
+def event_times(order: Sequence[bytes | None]) -> list[int | None]:
+    """The event time in each order, microseconds since the epoch."""
+    stamps = b"".join(key[:8] for key in order if key is not None)
+    times = iter((np.frombuffer(stamps, dtype=">u8") ^ np.uint64(1 << 63)).astype(np.uint64).view(np.int64).tolist())
+    return [None if key is None else next(times) for key in order]
+
+
+def feature_types(view: FeatureView) -> dict[str, str]:
+    """The type of each feature, as text: what an online store remembers of a view to notice that one changed."""
+    return {feature.name: str(feature.dtype) for feature in view.features}
 
 
 def _write_generic(store: FeatureStore, contract: ViewContract, table: pa.Table) -> int:

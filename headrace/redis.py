@@ -1,18 +1,22 @@
 """Feast's Redis online store, with newest-wins decided inside Redis or Valkey by a script.
 
 The layout is Feast's: one hash an entity, a field a feature, `_ts:<view>` the event time. One more field a view,
-`_hr:<view>`, holds the order of the stored row followed by the very bytes of `_ts` that were written with it; where
-`_ts` is not those bytes any more, a stock client wrote later, and its time counts.
+`_hr:<view>`, describes the stored row: its order, the very bytes of `_ts` that were written with it (where `_ts` is not
+those bytes any more, a stock client wrote later, and its time counts), and the fields it was written to.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
-from feast import FeatureView, RepoConfig
+import numpy as np
+from feast import Entity, FeatureView, RepoConfig
 from feast.infra.online_stores.helpers import _mmh3, _redis_key_prefix
 from feast.infra.online_stores.redis import (
     RedisOnlineStore,
@@ -20,34 +24,36 @@ from feast.infra.online_stores.redis import (
     RedisType,
     _versioned_fv_name,
 )
+from google.protobuf.timestamp_pb2 import Timestamp
+from redis.exceptions import NoScriptError, RedisError
 
 from headrace import registry as _registry  # noqa: F401 - resolves relative registries
 from headrace.encode import ORDER_BYTES, EncodedRows, encode_timestamps
-from headrace.online import FeastRow, Mark, encode_feast_rows
+from headrace.errors import TransientError
+from headrace.online import FeastRow, Mark, StoredRows, encode_feast_rows, event_times, feature_types, stock_order
 
-_ROWS_A_CALL = 500
+_ARGUMENTS_A_CALL = 4_000
+_BYTES_A_CALL = 1_000_000
+_KEYS_A_SCAN = 2_000
 
-# Lua compares strings by the server's locale, so orders are compared as numbers, four bytes each.
-# KEYS: entities. ARGV: `_ts` field, `_hr` field, seconds to live (0 is for ever), number of features, their fields;
-# then for each entity its order, its `_ts`, its values. Returns how many were written.
-_WRITE = """
-local FORMAT = '>I4I4I4I4I4I4I4I4B'
+# What scripts share. Lua compares strings by the server's locale, so orders are compared byte by byte; `unpack` takes
+# fewer than 8,000 items, so wide rows go in pieces (within a script, which is atomic).
+_LIBRARY = """
+local PIECE = 6000
 local function older(a, b)
-  local x = {struct.unpack(FORMAT, a)}
-  local y = {struct.unpack(FORMAT, b)}
-  for i = 1, 9 do
-    if x[i] ~= y[i] then return x[i] < y[i] end
+  for i = 1, ORDER_BYTES do
+    local x, y = string.byte(a, i), string.byte(b, i)
+    if x ~= y then return x < y end
   end
   return false
 end
+-- A varint, as its lowest 28 bits and the rest, because a number here has 53; and where it ends.
 local function varint(s, at)
-  local value, scale = 0, 1
-  while true do
-    local byte = string.byte(s, at)
-    at = at + 1
-    value = value + (byte % 128) * scale
-    if byte < 128 then return value, at end
-    scale = scale * 128
+  local low, rest = 0, 0
+  for place = 0, 9 do
+    local byte = string.byte(s, at + place)
+    if place < 4 then low = low + byte % 128 * 128 ^ place else rest = rest + byte % 128 * 128 ^ (place - 4) end
+    if byte < 128 then return low, rest, at + place + 1 end
   end
 end
 -- The order of a row of which only its protobuf Timestamp is known: no created time, the lowest of its microsecond.
@@ -55,43 +61,163 @@ local function stock_order(ts)
   local seconds, nanos, at = 0, 0, 1
   while at <= #ts do
     local tag = string.byte(ts, at)
-    local value
-    value, at = varint(ts, at + 1)
-    if tag == 8 then seconds = value else nanos = value end
+    local low, rest
+    low, rest, at = varint(ts, at + 1)
+    if rest >= 2 ^ 35 then rest = rest - 2 ^ 36 end
+    if tag == 8 then seconds = rest * 2 ^ 28 + low else nanos = low + rest * 2 ^ 28 end
   end
-  if seconds >= 9223372036854775808 then seconds = seconds - 18446744073709551616 end
-  local us = seconds * 1000000 + math.floor(nanos / 1000)
-  local high = math.floor(us / 4294967296)
-  return struct.pack('>I4I4', high + 2147483648, us - high * 4294967296) .. string.rep('\\0', 25)
+  local lower = seconds % 65536 * 1000000 + math.floor(nanos / 1000)
+  local upper = math.floor(seconds / 65536) * 1000000 + math.floor(lower / 65536)
+  local high = math.floor(upper / 65536) + 2147483648
+  return struct.pack('>I4I4', high, upper % 65536 * 65536 + lower % 65536) .. string.rep('\\0', 25)
 end
-local ts_field, own_field, ttl, features = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local at, written = 5 + features, 0
-for k = 1, #KEYS do
-  local order, ts = ARGV[at], ARGV[at + 1]
-  local stored = redis.call('HMGET', KEYS[k], own_field, ts_field)
-  local own, stored_ts = stored[1], stored[2]
-  local present = nil
-  if stored_ts then
-    if own and string.sub(own, ORDER_BYTES + 1) == stored_ts then
-      present = string.sub(own, 1, ORDER_BYTES)
-    else
-      present = stock_order(stored_ts)
-    end
+-- The description of a row: its order, the length of its `_ts`, its `_ts`, its fields, four bytes each.
+local function describe(order, ts, fields)
+  return order .. string.char(#ts) .. ts .. fields
+end
+-- The order of what is stored, or longer bytes that begin with it; '' for nothing.
+local function present(own, ts)
+  if not ts then return '' end
+  if own and string.byte(own, ORDER_BYTES + 1) == #ts and string.sub(own, ORDER_BYTES + 2, ORDER_BYTES + 1 + #ts) == ts
+  then return own end
+  return stock_order(ts)
+end
+local function set(key, pairs, count)
+  for from = 1, count, PIECE do
+    redis.call('HSET', key, unpack(pairs, from, math.min(from + PIECE - 1, count)))
   end
-  if not present or not older(order, present) then
-    local fields = {ts_field, ts, own_field, order .. ts}
-    for f = 1, features do
-      fields[#fields + 1] = ARGV[4 + f]
-      fields[#fields + 1] = ARGV[at + 1 + f]
-    end
-    redis.call('HSET', KEYS[k], unpack(fields))
-    if ttl > 0 then redis.call('EXPIRE', KEYS[k], ttl) end
+end
+-- Remove the fields that a row was written to and that are not among `fields` (all four bytes long, joined).
+local function remove_others(key, own, fields)
+  local had = string.sub(own, ORDER_BYTES + 2 + string.byte(own, ORDER_BYTES + 1))
+  if had == fields then return end
+  local keep = {}
+  for at = 1, #fields, 4 do keep[string.sub(fields, at, at + 3)] = true end
+  for at = 1, #had, 4 do
+    local field = string.sub(had, at, at + 3)
+    if not keep[field] then redis.call('HDEL', key, field) end
+  end
+end
+local function remove_row(key, own, ts_field, own_field, fields)
+  if own then remove_others(key, own, '') end
+  for at = 1, #fields, 4 do redis.call('HDEL', key, string.sub(fields, at, at + 3)) end
+  redis.call('HDEL', key, ts_field, own_field)
+end
+""".replace("ORDER_BYTES", str(ORDER_BYTES))
+
+# ARGV of all that follow: `_ts` field, `_hr` field, seconds to live (0 is for ever), the view's fields joined; then for
+# each of KEYS what the script says.
+
+# For each key its order, its `_ts`, its values. Returns how many were written.
+_WRITE = (
+    _LIBRARY
+    + """
+local ts_field, own_field, ttl, fields = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local features, pairs = #fields / 4, {ts_field, '', own_field, ''}
+for f = 1, features do pairs[3 + 2 * f] = string.sub(fields, 4 * f - 3, 4 * f) end
+local at, written = 5, 0
+for k = 1, #KEYS do
+  local key, order, ts = KEYS[k], ARGV[at], ARGV[at + 1]
+  local stored = redis.call('HMGET', key, own_field, ts_field)
+  local own, has = stored[1], present(stored[1], stored[2])
+  if has == '' or not older(order, has) then
+    pairs[2], pairs[4] = ts, describe(order, ts, fields)
+    for f = 1, features do pairs[4 + 2 * f] = ARGV[at + 1 + f] end
+    set(key, pairs, 4 + 2 * features)
+    if own then remove_others(key, own, fields) end
+    if ttl > 0 and (has == '' or older(has, order)) then redis.call('EXPIRE', key, ttl) end
     written = written + 1
   end
   at = at + 2 + features
 end
 return written
-""".replace("ORDER_BYTES", str(ORDER_BYTES))
+"""
+)
+
+# Nothing more for each key. Returns the `_hr`, `_ts` and values of each key in turn.
+_READ = (
+    _LIBRARY
+    + """
+local names, fields, reply, count = {ARGV[2], ARGV[1]}, ARGV[4], {}, 0
+for at = 1, #fields, 4 do names[#names + 1] = string.sub(fields, at, at + 3) end
+for k = 1, #KEYS do
+  for from = 1, #names, PIECE do
+    local found = redis.call('HMGET', KEYS[k], unpack(names, from, math.min(from + PIECE - 1, #names)))
+    for i = 1, #found do reply[count + i] = found[i] end
+    count = count + #found
+  end
+end
+return reply
+"""
+)
+
+# Nothing more for each key. Returns the keys that hold the view.
+_HOLDING = """
+local holding = {}
+for k = 1, #KEYS do
+  if redis.call('HEXISTS', KEYS[k], ARGV[1]) == 1 then holding[#holding + 1] = KEYS[k] end
+end
+return holding
+"""
+
+# For each key the order and values that were seen, and the order, `_ts` and values to store; an order of '' is no row.
+# Returns for each key whether it was done, 1 or 0.
+_REPLACE = (
+    _LIBRARY
+    + """
+local ts_field, own_field, ttl, fields = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local features, done = #fields / 4, {}
+local function is_as_seen(key, own, ts, at)
+  if string.sub(present(own, ts), 1, ORDER_BYTES) ~= ARGV[at] then return false end
+  for f = 1, features do
+    local value = redis.call('HGET', key, string.sub(fields, 4 * f - 3, 4 * f))
+    if (value or '') ~= ARGV[at + f] then return false end
+  end
+  return true
+end
+local at = 5
+for k = 1, #KEYS do
+  local key, order, ts = KEYS[k], ARGV[at + 1 + features], ARGV[at + 2 + features]
+  local stored = redis.call('HMGET', key, own_field, ts_field)
+  done[k] = 0
+  if is_as_seen(key, stored[1], stored[2], at) then
+    done[k] = 1
+    if order == '' then
+      remove_row(key, stored[1], ts_field, own_field, fields)
+    else
+      local pairs = {ts_field, ts, own_field, describe(order, ts, fields)}
+      for f = 1, features do
+        pairs[3 + 2 * f], pairs[4 + 2 * f] = string.sub(fields, 4 * f - 3, 4 * f), ARGV[at + 2 + features + f]
+      end
+      set(key, pairs, 4 + 2 * features)
+      if stored[1] then remove_others(key, stored[1], fields) end
+      if ttl > 0 then redis.call('EXPIRE', key, ttl) end
+    end
+  end
+  at = at + 3 + 2 * features
+end
+return done
+"""
+).replace("ORDER_BYTES", str(ORDER_BYTES))
+
+# Nothing more for each key. Removes the view's row.
+_REMOVE = (
+    _LIBRARY
+    + """
+for k = 1, #KEYS do
+  remove_row(KEYS[k], redis.call('HGET', KEYS[k], ARGV[2]), ARGV[1], ARGV[2], ARGV[4])
+end
+return 0
+"""
+)
+
+# Nothing more for each key. Removes the values of the fields given.
+_EMPTY = """
+for k = 1, #KEYS do
+  for at = 1, #ARGV[4], 4 do redis.call('HDEL', KEYS[k], string.sub(ARGV[4], at, at + 3)) end
+end
+return 0
+"""
 
 # KEYS: the mark. ARGV: what was seen ('' is none), what to set. Returns 1 if it was set.
 _SWAP = """
@@ -110,7 +236,12 @@ class HeadraceRedisOnlineStoreConfig(RedisOnlineStoreConfig):
 class HeadraceRedisOnlineStore(RedisOnlineStore):
     """Redis or Valkey with newest-wins: each entity's row is compared and written by one atomic script call.
 
-    Standalone: one call a chunk of rows. Cluster: one call a row, because a script may touch one slot only.
+    Standalone and Sentinel: one call a chunk of rows. Cluster: one call a row, because a script may touch one slot
+    only; the calls of a chunk are pipelined.
+
+    What an entity holds of a view is always one row: a write removes what an earlier row left in fields that the view
+    has no more. A feature added or of another type since the last `feast apply` has no value until it is written;
+    `full_scan_for_deletion: false` leaves that out, as it leaves out the deletion of views.
     """
 
     def online_write_batch(
@@ -136,21 +267,45 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         await asyncio.to_thread(self.online_write_batch, config, table, data, progress)
 
     def write_newest(self, config: RepoConfig, view: FeatureView, rows: EncodedRows) -> int:
-        """See `NewestWinsStore`. Atomic by row; a failure in between leaves whole rows, and a repeat is harmless."""
-        client = self._get_client(config.online_store)
-        script = client.register_script(_WRITE)
-        name = _versioned_fv_name(view, config)
-        head: list[Any] = [f"_ts:{name}", f"_hr:{name}", config.online_store.key_ttl_seconds or 0, len(rows.values)]
-        head += [_mmh3(f"{name}:{feature}") for feature in rows.values]
-        project = config.project.encode()
-        keys = [key + project for key in rows.keys]
-        each = list(zip(rows.order, encode_timestamps(rows.event_us), *rows.values.values(), strict=True))
-        size = 1 if config.online_store.redis_type == RedisType.redis_cluster else _ROWS_A_CALL
-        written = 0
-        for start in range(0, len(keys), size):
-            arguments = [value for row in each[start : start + size] for value in row]
-            written += int(script(keys=keys[start : start + size], args=head + arguments))
-        return written
+        """See `NewestWinsStore`. Atomic by row; a failure in between leaves whole rows, and a repeat is harmless.
+
+        `key_ttl_seconds` begins anew with a newer row, not with the same one again.
+        """
+        columns = [rows.order, encode_timestamps(rows.event_us), *rows.values.values()]
+        return sum(self._run(config, view, _WRITE, list(rows.values), _hashes(config, rows.keys), columns))
+
+    def read_stored(self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes]) -> StoredRows:
+        """See `NewestWinsStore`."""
+        features = [feature.name for feature in view.features]
+        flat: list[bytes | None] = []
+        stride = 2 + len(features)
+        for reply in self._run(config, view, _READ, features, _hashes(config, keys), width=stride):
+            flat += reply
+        order = [_present(own, ts) for own, ts in zip(flat[0::stride], flat[1::stride], strict=True)]
+        values = {
+            feature: [value or b"" for value in flat[2 + place :: stride]] for place, feature in enumerate(features)
+        }
+        return StoredRows(list(keys), order, event_times(order), values)
+
+    def stored_keys(self, config: RepoConfig, view: FeatureView) -> Iterator[list[bytes]]:
+        """See `NewestWinsStore`. By SCAN, so a key may come twice, and what comes meanwhile may be left out."""
+        for keys in self._scan(config, view):
+            holding = [key for reply in self._run(config, view, _HOLDING, [], keys) for key in reply]
+            if holding:
+                yield [key[: len(key) - len(config.project.encode())] for key in holding]
+
+    def replace_exact(
+        self, config: RepoConfig, view: FeatureView, seen: StoredRows, new: EncodedRows | None
+    ) -> list[bool]:
+        """See `NewestWinsStore`. Atomic by row. After a lost reply what was done may be reported as not done."""
+        nothing = [b""] * len(seen)
+        columns = [[order or b"" for order in seen.order], *seen.values.values()]
+        if new is None:
+            columns += [nothing] * (2 + len(seen.values))
+        else:
+            columns += [new.order, encode_timestamps(new.event_us), *(new.values[name] for name in seen.values)]
+        replies = self._run(config, view, _REPLACE, list(seen.values), _hashes(config, seen.keys), columns)
+        return [bool(done) for reply in replies for done in reply]
 
     def server_ids(self, config: RepoConfig) -> tuple[str, ...]:
         """The run id of every master: a restarted or promoted server has another."""
@@ -162,36 +317,188 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
 
     def read_mark(self, config: RepoConfig, view: FeatureView) -> Mark | None:
         """See `NewestWinsStore`."""
-        text = self._get_client(config.online_store).get(_mark_key(config, view))
+        text = self._get_client(config.online_store).get(_own_key("mark", config, view))
         return None if text is None else json.loads(text)
 
     def swap_mark(self, config: RepoConfig, view: FeatureView, seen: Mark | None, mark: Mark) -> bool:
         """See `NewestWinsStore`."""
         script = self._get_client(config.online_store).register_script(_SWAP)
-        before = "" if seen is None else _mark_text(seen)
-        return bool(script(keys=[_mark_key(config, view)], args=[before, _mark_text(mark)]))
+        before = "" if seen is None else _text(seen)
+        return bool(script(keys=[_own_key("mark", config, view)], args=[before, _text(mark)]))
+
+    def update(
+        self,
+        config: RepoConfig,
+        tables_to_delete: Sequence[FeatureView],
+        tables_to_keep: Sequence[FeatureView],
+        entities_to_delete: Sequence[Entity],
+        entities_to_keep: Sequence[Entity],
+        partial: bool,
+    ) -> None:
+        """Delete views, and empty the features that are new or of another type than when last applied."""
+        super().update(config, tables_to_delete, tables_to_keep, entities_to_delete, entities_to_keep, partial)
+        if not config.online_store.full_scan_for_deletion:
+            return
+        client = self._get_client(config.online_store)
+        for view in tables_to_keep:
+            key, types = _own_key("types", config, view), feature_types(view)
+            text = client.get(key)
+            known = types if text is None else json.loads(text)
+            changed = [name for name, kind in types.items() if known.get(name) != kind]
+            if changed:
+                for keys in self._scan(config, view):
+                    list(self._run(config, view, _EMPTY, changed, keys))
+            client.set(key, _text(types))
 
     def delete_table(self, config: RepoConfig, table: FeatureView) -> None:
-        """Delete a view's values, orders and mark. Entities shared with other views keep theirs."""
-        super().delete_table(config, table)
+        """Delete a view's values, orders and mark. Other fields of the same hashes stay."""
+        features = [feature.name for feature in table.features]
+        for keys in self._scan(config, table):
+            list(self._run(config, table, _REMOVE, features, keys))
         client = self._get_client(config.online_store)
-        own_field = f"_hr:{_versioned_fv_name(table, config)}"
-        pattern = b"".join([_redis_key_prefix(table.join_keys), b"*", config.project.encode()])
-        for key in client.scan_iter(pattern):
-            client.hdel(key, own_field)
-        client.delete(_mark_key(config, table))
+        for kind in ("mark", "types"):
+            client.delete(_own_key(kind, config, table))
 
-    def teardown(self, config: RepoConfig, tables: Sequence[FeatureView], entities: Sequence[Any]) -> None:
-        """Delete the entities of these views, and the marks."""
-        super().teardown(config, tables, entities)
-        client = self._get_client(config.online_store)
+    def teardown(self, config: RepoConfig, tables: Sequence[FeatureView], entities: Sequence[Entity]) -> None:
+        """Delete these views; what else is in the database stays."""
         for table in tables:
-            client.delete(_mark_key(config, table))
+            self.delete_table(config, table)
+        super().teardown(config, [], [])
+
+    def _scan(self, config: RepoConfig, view: FeatureView) -> Iterator[list[bytes]]:
+        """The hashes of the view's entities in this project, in chunks."""
+        client = self._get_client(config.online_store)
+        prefix, project = _redis_key_prefix(view.join_keys), config.project.encode()
+        pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", prefix) + b"*"
+        chunk: list[bytes] = []
+        with _naming(config, view):
+            for key in client.scan_iter(pattern, count=_KEYS_A_SCAN):
+                if _is_of_project(key, len(prefix), len(view.join_keys), project):
+                    chunk.append(key)
+                if len(chunk) == _KEYS_A_SCAN:
+                    yield chunk
+                    chunk = []
+            if chunk:
+                yield chunk
+
+    def _run(
+        self,
+        config: RepoConfig,
+        view: FeatureView,
+        script: str,
+        features: Sequence[str],
+        keys: Sequence[bytes],
+        columns: Sequence[Sequence[bytes]] = (),
+        width: int = 1,
+    ) -> Iterator[Any]:
+        """Call a script on these keys, in chunks; yields the replies.
+
+        Args:
+            features: whose fields the script is given.
+            columns: what the script is given for each key, aligned with the keys.
+            width: how many values a key has in the reply.
+        """
+        name = _versioned_fv_name(view, config)
+        fields = b"".join(_mmh3(f"{name}:{feature}") for feature in features)
+        head = [f"_ts:{name}", f"_hr:{name}", config.online_store.key_ttl_seconds or 0, fields]
+        client = self._get_client(config.online_store)
+        is_cluster = config.online_store.redis_type == RedisType.redis_cluster
+        call = _call_each if is_cluster else _call_chunk
+        with _naming(config, view):
+            for chunk in _chunks(len(keys), columns, 1 + max(len(columns), width)):
+                yield from call(client, script, head, keys[chunk], [column[chunk] for column in columns])
 
 
-def _mark_key(config: RepoConfig, view: FeatureView) -> str:
-    return f"headrace:mark:{config.project}:{_versioned_fv_name(view, config)}"
+def _call_chunk(
+    client: Any, script: str, head: Sequence[Any], keys: Sequence[bytes], columns: Sequence[Sequence[bytes]]
+) -> list[Any]:
+    """One call for all keys. The script is loaded where the server does not have it."""
+    arguments = [value for row in zip(*columns, strict=True) for value in row]
+    return [client.register_script(script)(keys=keys, args=[*head, *arguments])]
 
 
-def _mark_text(mark: Mark) -> str:
-    return json.dumps(mark, sort_keys=True, separators=(",", ":"))
+def _call_each(
+    client: Any, script: str, head: Sequence[Any], keys: Sequence[bytes], columns: Sequence[Sequence[bytes]]
+) -> list[Any]:
+    """A call a key, pipelined. Only those that found no script are called again, once it is loaded everywhere."""
+    rows = list(zip(*columns, strict=True)) if columns else [()] * len(keys)
+    sha = client.register_script(script).sha
+    replies: list[Any] = [None] * len(keys)
+    waiting: Sequence[int] = range(len(keys))
+    for is_last in (False, True):
+        pipeline = client.pipeline(transaction=False)
+        for i in waiting:
+            pipeline.execute_command("EVALSHA", sha, 1, keys[i], *head, *rows[i])
+        for i, reply in zip(waiting, pipeline.execute(raise_on_error=False), strict=True):
+            replies[i] = reply
+        waiting = [i for i in waiting if isinstance(replies[i], NoScriptError)]
+        if not waiting or is_last:
+            break
+        client.script_load(script, target_nodes="primaries")
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies
+
+
+def _chunks(rows: int, columns: Sequence[Sequence[bytes]], width: int) -> Iterator[slice]:
+    """Slices of rows that are worth a call each: bounded in arguments, so that readers need not wait, and in bytes."""
+    most = max(1, _ARGUMENTS_A_CALL // width)
+    sizes = np.zeros(rows, dtype=np.int64)
+    for column in columns:
+        sizes += np.fromiter(map(len, column), np.int64, rows)
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < rows:
+        full = int(np.searchsorted(ends, ends[start] - sizes[start] + _BYTES_A_CALL, side="right"))
+        stop = max(start + 1, min(full, start + most, rows))
+        yield slice(start, stop)
+        start = stop
+
+
+def _is_of_project(key: bytes, at: int, values: int, project: bytes) -> bool:
+    """Whether a hash is an entity of this project: after `values` join key values comes just the project's name."""
+    for _ in range(values):
+        if len(key) < at + 8:
+            return False
+        at += 8 + int(struct.unpack_from("<I", key, at + 4)[0])
+    return key[at:] == project
+
+
+def _present(own: bytes | None, ts: bytes | None) -> bytes | None:
+    """The order of what is stored; see the script's `present`."""
+    if ts is None:
+        return None
+    if own is not None and own[ORDER_BYTES] == len(ts) and own[ORDER_BYTES + 1 :].startswith(ts):
+        return own[:ORDER_BYTES]
+    time = Timestamp.FromString(ts)
+    return stock_order(time.seconds * 1_000_000 + time.nanos // 1000)
+
+
+@contextmanager
+def _naming(config: RepoConfig, view: FeatureView) -> Iterator[None]:
+    """Say where it failed, and what that leaves behind. Never the connection string: it holds the password."""
+    try:
+        yield
+    except RedisError as error:
+        nodes, _ = RedisOnlineStore._parse_connection_string(config.online_store.connection_string)
+        where = ", ".join(f"{node.get('host')}:{node.get('port')}" for node in nodes)
+        msg = (
+            f"feature view `{view.name}`: Redis at {where} failed: {type(error).__name__}: {error}. How many rows were "
+            "written before that is not known; each is whole, and to write them again does no harm. See to the server, "
+            "then repeat"
+        )
+        raise TransientError(msg) from error
+
+
+def _hashes(config: RepoConfig, keys: Sequence[bytes]) -> list[bytes]:
+    project = config.project.encode()
+    return [key + project for key in keys]
+
+
+def _own_key(kind: str, config: RepoConfig, view: FeatureView) -> str:
+    return f"headrace:{kind}:{config.project}:{_versioned_fv_name(view, config)}"
+
+
+def _text(thing: Mapping[str, Any]) -> str:
+    return json.dumps(thing, sort_keys=True, separators=(",", ":"))

@@ -1,33 +1,40 @@
-"""Feast's SQLite online store, with newest-wins in one transaction.
+"""Feast's SQLite online store, with newest-wins in transactions.
 
-The tables are Feast's own, so stock clients read them. One table beside each holds, per entity, the order of the stored
-row and the event time it was written with; where that time differs from the one in Feast's table, a stock client wrote
-later, and its time counts.
+The tables are Feast's own, so stock clients read them. One table beside each describes, per entity, the stored row: its
+order, the event time it was written with (where that differs from the one in Feast's table, a stock client wrote later,
+and its time counts), and which features it was written with.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from feast import Entity, FeatureView, RepoConfig
 from feast.infra.online_stores.sqlite import SqliteOnlineStore, SqliteOnlineStoreConfig, _quote_id, _table_id
 
 from headrace import registry as _registry  # noqa: F401 - resolves relative registries
-from headrace.encode import EncodedRows, order_keys
-from headrace.online import FeastRow, Mark, encode_feast_rows
+from headrace.encode import EncodedRows
+from headrace.errors import ConfigError, TransientError
+from headrace.online import FeastRow, Mark, StoredRows, encode_feast_rows, event_times, feature_types, stock_order
 
-_BUSY_TIMEOUT_MS = 60_000
+_LOCK_TIMEOUT_S = 30.0
+_LOCK_POLL_S = 0.002
 _KEYS_A_QUERY = 500
+_KEYS_A_PAGE = 10_000
+_VALUES_A_TRANSACTION = 100_000
 _MARKS = "headrace_marks"
+_TYPES = "headrace_types"
 
 
 class HeadraceSqliteOnlineStoreConfig(SqliteOnlineStoreConfig):
@@ -39,12 +46,23 @@ class HeadraceSqliteOnlineStoreConfig(SqliteOnlineStoreConfig):
 class HeadraceSqliteOnlineStore(SqliteOnlineStore):
     """SQLite with newest-wins: WAL, `synchronous=FULL`, many processes a file, one writer at a time.
 
-    Each write of a batch is one transaction: all of it or nothing, decided by rows against what is stored then.
+    A large write is several transactions, so that other writers get in; each row is decided within one of them, against
+    what is stored then. A writer waits up to 30 s for others.
+
+    What an entity holds of a view is always one row: a write removes what an earlier row left of features that the view
+    has no more. A feature added or of another type since the last `feast apply` has no value until it is written.
     """
 
     def __init__(self) -> None:
+        self._own(os.getpid())
+
+    def _own(self, pid: int) -> None:
+        """Begin without connections. Those of a parent process may not even be closed, so they are kept."""
+        self._inherited = [self.__dict__.get("_inherited"), self._conn, self.__dict__.get("_writer")]
+        self._conn: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
         self._lock = threading.Lock()
+        self._pid = pid
 
     def online_write_batch(
         self,
@@ -59,37 +77,71 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
             progress(len(data))
 
     def write_newest(self, config: RepoConfig, view: FeatureView, rows: EncodedRows) -> int:
-        """See `NewestWinsStore`. One transaction."""
-        if len(rows) == 0:
-            return 0
-        name = _name(config, view)
-        with self._transaction(config) as connection:
-            # Each time, for views that a stock store applied, or another process made anew: it costs next to nothing.
-            connection.execute(
-                f"CREATE TABLE IF NOT EXISTS {_order_table(name)} "
-                "(entity_key BLOB PRIMARY KEY, ord BLOB NOT NULL, event_ts INTEGER NOT NULL) WITHOUT ROWID"
-            )
-            stored = _stored_orders(connection, name, rows.keys)
-            keep = [i for i, key in enumerate(rows.keys) if rows.order[i] >= stored.get(key, b"")]
-            seconds = [_stock_seconds(rows.event_us[i]) for i in keep]
-            created = [None if (us := rows.created_us[i]) is None else _stock_seconds(us) for i in keep]
-            connection.executemany(
-                f"INSERT INTO {_order_table(name)} (entity_key, ord, event_ts) VALUES (?, ?, ?) "
-                "ON CONFLICT (entity_key) DO UPDATE SET ord = excluded.ord, event_ts = excluded.event_ts",
-                zip((rows.keys[i] for i in keep), (rows.order[i] for i in keep), seconds, strict=True),
-            )
-            for feature, values in rows.values.items():
-                connection.executemany(
-                    f"INSERT INTO {_quote_id(name)} (entity_key, feature_name, value, event_ts, created_ts) "
-                    "VALUES (?, ?, ?, ?, ?) ON CONFLICT (entity_key, feature_name) DO UPDATE SET "
-                    "value = excluded.value, value_text = NULL, event_ts = excluded.event_ts, "
-                    "created_ts = excluded.created_ts",
-                    (
-                        (rows.keys[i], feature, values[i], second, made)
-                        for i, second, made in zip(keep, seconds, created, strict=True)
-                    ),
-                )
-        return len(keep)
+        """See `NewestWinsStore`. A failure leaves whole transactions; a repeat is harmless."""
+        table = _Table.of(config, view)
+        by_key = sorted(range(len(rows)), key=rows.keys.__getitem__)  # neighbours share pages
+        size = max(1, _VALUES_A_TRANSACTION // (1 + len(rows.values)))
+        written = 0
+        for start in range(0, len(by_key), size):
+            chunk = by_key[start : start + size]
+            with self._transaction(config) as connection:
+                table.create_order(connection)
+                stored = table.orders(connection, [rows.keys[i] for i in chunk])
+                taken = [i for i in chunk if rows.order[i] >= (stored.get(rows.keys[i]) or b"")]
+                table.put(connection, rows, taken, stored)
+            written += len(taken)
+        return written
+
+    def read_stored(self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes]) -> StoredRows:
+        """See `NewestWinsStore`. In chunks of keys, so that no read stays open."""
+        table = _Table.of(config, view)
+        features = [feature.name for feature in view.features]
+        order: list[bytes | None] = []
+        values: dict[str, list[bytes]] = {name: [] for name in features}
+        with self._connection(config) as connection:
+            table.create_order(connection)
+        for start in range(0, len(keys), _KEYS_A_QUERY):
+            with self._connection(config) as connection:
+                stored = table.stored(connection, features, keys[start : start + _KEYS_A_QUERY])
+            order += stored.order
+            for name in features:
+                values[name] += stored.values[name]
+        return StoredRows(list(keys), order, event_times(order), values)
+
+    def stored_keys(self, config: RepoConfig, view: FeatureView) -> Iterator[list[bytes]]:
+        """See `NewestWinsStore`. By pages in the order of keys, so that no read stays open."""
+        table, last = _Table.of(config, view), b""
+        while True:
+            with self._connection(config) as connection:
+                page = connection.execute(
+                    f"SELECT DISTINCT entity_key FROM {table.values} WHERE entity_key > ? ORDER BY entity_key LIMIT ?",
+                    (last, _KEYS_A_PAGE),
+                ).fetchall()
+            if not page:
+                return
+            yield [key for (key,) in page]
+            (last,) = page[-1]
+
+    def replace_exact(
+        self, config: RepoConfig, view: FeatureView, seen: StoredRows, new: EncodedRows | None
+    ) -> list[bool]:
+        """See `NewestWinsStore`. A transaction a chunk of rows."""
+        table, done = _Table.of(config, view), [False] * len(seen)
+        for start in range(0, len(seen), _KEYS_A_QUERY):
+            chunk = range(start, min(start + _KEYS_A_QUERY, len(seen)))
+            with self._transaction(config) as connection:
+                table.create_order(connection)
+                found = table.stored(connection, list(seen.values), seen.keys[chunk.start : chunk.stop])
+                for i, order in zip(chunk, found.order, strict=True):
+                    done[i] = order == seen.order[i] and all(
+                        found.values[name][i - start] == column[i] for name, column in seen.values.items()
+                    )
+                taken = [i for i in chunk if done[i]]
+                if new is None:
+                    table.delete(connection, [seen.keys[i] for i in taken])
+                else:
+                    table.put(connection, new, taken, table.orders(connection, [seen.keys[i] for i in taken]))
+        return done
 
     def server_ids(self, config: RepoConfig) -> tuple[str, ...]:
         """The database file by device and inode: another file has forgotten."""
@@ -99,7 +151,7 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
 
     def read_mark(self, config: RepoConfig, view: FeatureView) -> Mark | None:
         """See `NewestWinsStore`."""
-        with self._transaction(config) as connection:
+        with self._connection(config) as connection:
             row = connection.execute(f"SELECT mark FROM {_MARKS} WHERE view = ?", (_name(config, view),)).fetchone()
         return None if row is None else json.loads(row[0])
 
@@ -126,8 +178,11 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
         entities_to_keep: Sequence[Entity],
         partial: bool,
     ) -> None:
-        """Create what views need; a deleted view's values, orders and mark go together."""
+        """Create what views need, empty the features that are new or of another type, and delete views."""
         super().update(config, tables_to_delete, tables_to_keep, entities_to_delete, entities_to_keep, partial)
+        with self._transaction(config) as connection:
+            for view in tables_to_keep:
+                _Table.of(config, view).take_types(connection, feature_types(view))
         self._forget(config, tables_to_delete)
 
     def teardown(self, config: RepoConfig, tables: Sequence[FeatureView], entities: Sequence[Entity]) -> None:
@@ -141,40 +196,177 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
         with self._transaction(config) as connection:
             for view in views:
                 name = _name(config, view)
-                connection.execute(f"DROP TABLE IF EXISTS {_order_table(name)}")
-                connection.execute(f"DELETE FROM {_MARKS} WHERE view = ?", (name,))
+                connection.execute(f"DROP TABLE IF EXISTS {_Table.of(config, view).order}")
+                for table in (_MARKS, _TYPES):
+                    connection.execute(f"DELETE FROM {table} WHERE view = ?", (name,))
 
     def _get_conn(self, config: RepoConfig) -> sqlite3.Connection:
         """Feast's connection for reads and DDL, which waits for writers instead of failing."""
+        if self._pid != os.getpid():
+            self._own(os.getpid())
         if self._conn is None:
             connection = super()._get_conn(config)
             _configure(connection)
         return self._conn  # type: ignore[return-value]
 
     @contextmanager
-    def _transaction(self, config: RepoConfig) -> Iterator[sqlite3.Connection]:
-        """The one write connection of this process, in an immediate transaction."""
-        with self._lock:
+    def _connection(self, config: RepoConfig) -> Iterator[sqlite3.Connection]:
+        """The one connection of ours in this process, for one thread at a time. Each statement is a transaction."""
+        if self._pid != os.getpid():
+            self._own(os.getpid())
+        path = Path(self._get_db_path(config))
+        with self._lock, _naming(path):
             if self._writer is None:
-                path = Path(self._get_db_path(config))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 _configure(connection)
                 connection.execute(f"CREATE TABLE IF NOT EXISTS {_MARKS} (view TEXT PRIMARY KEY, mark TEXT NOT NULL)")
+                connection.execute(f"CREATE TABLE IF NOT EXISTS {_TYPES} (view TEXT PRIMARY KEY, types TEXT NOT NULL)")
                 self._writer = connection
-            self._writer.execute("BEGIN IMMEDIATE")
+            yield self._writer
+
+    @contextmanager
+    def _transaction(self, config: RepoConfig) -> Iterator[sqlite3.Connection]:
+        """Our connection in an immediate transaction."""
+        with self._connection(config) as connection:
+            _begin(connection)
             try:
-                yield self._writer
+                yield connection
             except BaseException:
-                self._writer.execute("ROLLBACK")
+                connection.execute("ROLLBACK")
                 raise
-            self._writer.execute("COMMIT")
+            connection.execute("COMMIT")
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The tables of one view. Names are quoted where they are columns' or tables' of SQL.
+
+    Attributes:
+        name: of Feast's table, not quoted.
+        values: Feast's table.
+        order: ours, a row an entity.
+    """
+
+    name: str
+    values: str
+    order: str
+
+    @classmethod
+    def of(cls, config: RepoConfig, view: FeatureView) -> _Table:
+        name = _name(config, view)
+        return cls(name, str(_quote_id(name)), str(_quote_id(f"{name}__headrace")))
+
+    def create_order(self, connection: sqlite3.Connection) -> None:
+        """Each time, for views that a stock store applied, or another process made anew: it costs next to nothing."""
+        connection.execute(
+            f"CREATE TABLE IF NOT EXISTS {self.order} (entity_key BLOB PRIMARY KEY, ord BLOB NOT NULL, "
+            "event_ts INTEGER NOT NULL, features BLOB NOT NULL) WITHOUT ROWID"
+        )
+
+    def orders(self, connection: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+        """The order of what is stored, of those keys that have something."""
+        stored: dict[bytes, bytes] = {}
+        for start in range(0, len(keys), _KEYS_A_QUERY):
+            chunk = keys[start : start + _KEYS_A_QUERY]
+            found = connection.execute(
+                f"SELECT t.entity_key, o.ord, o.event_ts, max(t.event_ts) FROM {self.values} t "
+                f"LEFT JOIN {self.order} o ON o.entity_key = t.entity_key "
+                f"WHERE t.entity_key IN ({','.join('?' * len(chunk))}) GROUP BY t.entity_key",
+                chunk,
+            )
+            for key, order, ours, theirs in found:
+                stored[key] = order if order is not None and ours == theirs else _stock_order(theirs)
+        return stored
+
+    def stored(self, connection: sqlite3.Connection, features: Sequence[str], keys: Sequence[bytes]) -> StoredRows:
+        """What is stored of at most `_KEYS_A_QUERY` keys, in one statement's snapshot."""
+        found = connection.execute(
+            f"SELECT t.entity_key, t.feature_name, t.value, t.event_ts, o.ord, o.event_ts FROM {self.values} t "
+            f"LEFT JOIN {self.order} o ON o.entity_key = t.entity_key "
+            f"WHERE t.entity_key IN ({','.join('?' * len(keys))})",
+            keys,
+        ).fetchall()
+        cells = {(key, feature): value for key, feature, value, *_ in found}
+        latest: dict[bytes, int] = {}
+        ours = {}
+        for key, _, _, seconds, order, own_seconds in found:
+            latest[key] = max(seconds, latest.get(key, seconds))
+            ours[key] = (order, own_seconds)
+        orders = {
+            key: ours[key][0] if ours[key][1] == seconds else _stock_order(seconds) for key, seconds in latest.items()
+        }
+        order = [orders.get(key) for key in keys]
+        values = {name: [cells.get((key, name), b"") for key in keys] for name in features}
+        return StoredRows(list(keys), order, event_times(order), values)
+
+    def put(
+        self, connection: sqlite3.Connection, rows: EncodedRows, taken: Sequence[int], stored: Mapping[bytes, bytes]
+    ) -> None:
+        """Store these rows whole, whatever is stored; `stored` holds the keys that have something."""
+        keys = [rows.keys[i] for i in taken]
+        seconds = [_stock_seconds(rows.event_us[i]) for i in taken]
+        created = [None if (us := rows.created_us[i]) is None else _stock_seconds(us) for i in taken]
+        orders = [rows.order[i] for i in taken]
+        features = _digest(rows.values)
+        self._remove_others(connection, [key for key in keys if key in stored], rows.values)
+        connection.executemany(
+            f"INSERT INTO {self.order} (entity_key, ord, event_ts, features) VALUES (?, ?, ?, ?) "
+            "ON CONFLICT (entity_key) DO UPDATE SET ord = excluded.ord, event_ts = excluded.event_ts, "
+            "features = excluded.features",
+            zip(keys, orders, seconds, [features] * len(keys), strict=True),
+        )
+        connection.executemany(
+            self._upsert(list(rows.values)),
+            zip(keys, seconds, created, *([column[i] for i in taken] for column in rows.values.values()), strict=True),
+        )
+
+    def delete(self, connection: sqlite3.Connection, keys: Sequence[bytes]) -> None:
+        """Remove the rows of these keys."""
+        for table in (self.values, self.order):
+            connection.executemany(f"DELETE FROM {table} WHERE entity_key = ?", ((key,) for key in keys))
+
+    def take_types(self, connection: sqlite3.Connection, types: Mapping[str, str]) -> None:
+        """Remember the types of the features; those that are new or other than remembered lose their values."""
+        row = connection.execute(f"SELECT types FROM {_TYPES} WHERE view = ?", (self.name,)).fetchone()
+        known = types if row is None else json.loads(row[0])
+        for feature, kind in types.items():
+            if known.get(feature) != kind:
+                connection.execute(
+                    f"UPDATE {self.values} SET value = x'', value_text = NULL WHERE feature_name = ?", (feature,)
+                )
+        connection.execute(f"REPLACE INTO {_TYPES} (view, types) VALUES (?, ?)", (self.name, json.dumps(dict(types))))
+
+    def _upsert(self, features: Sequence[str]) -> str:
+        """One statement for all features of an entity: its key, seconds, created seconds, values."""
+        rows = ", ".join(f"(?1, {_literal(name)}, ?{4 + place}, ?2, ?3)" for place, name in enumerate(features))
+        return (
+            f"INSERT INTO {self.values} (entity_key, feature_name, value, event_ts, created_ts) VALUES {rows} "
+            "ON CONFLICT (entity_key, feature_name) DO UPDATE SET value = excluded.value, value_text = NULL, "
+            "event_ts = excluded.event_ts, created_ts = excluded.created_ts"
+        )
+
+    def _remove_others(
+        self,
+        connection: sqlite3.Connection,
+        keys: Sequence[bytes],
+        features: Mapping[str, Any],
+    ) -> None:
+        """Remove, of keys whose row was written with other features, those that are not among these."""
+        names = ", ".join(_literal(name) for name in features)
+        for start in range(0, len(keys), _KEYS_A_QUERY):
+            chunk = keys[start : start + _KEYS_A_QUERY]
+            connection.execute(
+                f"DELETE FROM {self.values} WHERE entity_key IN ({','.join('?' * len(chunk))}) "
+                f"AND feature_name NOT IN ({names})",
+                chunk,
+            )
 
 
 def _configure(connection: sqlite3.Connection) -> None:
     # The busy timeout first: changing to WAL itself needs the lock for a moment.
-    connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
-    deadline = time.monotonic() + _BUSY_TIMEOUT_MS / 1000
+    connection.execute(f"PRAGMA busy_timeout = {_LOCK_TIMEOUT_S * 1000:.0f}")
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -186,38 +378,46 @@ def _configure(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA synchronous = FULL")
 
 
+def _begin(connection: sqlite3.Connection) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file, and what to do."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "no such table" in str(error):
+            msg = f"{path}: {error}; the view is not applied to this online store, run `feast apply`"
+            raise ConfigError(msg) from error
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+            msg = (
+                f"{path}: another process held the write lock for {_LOCK_TIMEOUT_S:.0f} s. Nothing of this transaction "
+                "was written; find that process (`fuser` names who has the file open), then repeat"
+            )
+            raise TransientError(msg) from error
+        msg = f"{path}: {error}. Nothing of this transaction was written, and a repeat does no harm"
+        raise TransientError(msg) from error
+
+
 def _name(config: RepoConfig, view: FeatureView) -> str:
     return str(_table_id(config.project, view, config.registry.enable_online_feature_view_versioning))
 
 
-def _order_table(name: str) -> str:
-    return str(_quote_id(f"{name}__headrace"))
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
-def _stored_orders(connection: sqlite3.Connection, name: str, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-    """The order of what is stored of these keys; of rows that a stock client wrote, the one their time means."""
-    stored: dict[bytes, bytes] = {}
-    for start in range(0, len(keys), _KEYS_A_QUERY):
-        chunk = keys[start : start + _KEYS_A_QUERY]
-        rows = connection.execute(
-            f"SELECT t.entity_key, o.ord, o.event_ts, max(t.event_ts) FROM {_quote_id(name)} t "
-            f"LEFT JOIN {_order_table(name)} o ON o.entity_key = t.entity_key "
-            f"WHERE t.entity_key IN ({','.join('?' * len(chunk))}) GROUP BY t.entity_key",
-            chunk,
-        )
-        for key, order, ours, theirs in rows:
-            stored[key] = order if order is not None and ours == theirs else _stock_order(theirs)
-    return stored
+def _digest(features: Mapping[str, Any]) -> bytes:
+    """A short name for a set of features."""
+    return blake2b("\0".join(sorted(features)).encode(), digest_size=8).digest()
 
 
-def _stock_order(seconds: int | None) -> bytes:
+def _stock_order(seconds: int) -> bytes:
     """The lowest order of a row that stock Feast wrote: its whole second, no created time."""
-    if seconds is None:
-        return b""
     moment = datetime.fromtimestamp(seconds).replace(tzinfo=UTC)  # noqa: DTZ006 - Feast's reader does so, see below
-    event = np.array([int(moment.timestamp()) * 1_000_000], dtype=np.int64)
-    nothing = np.zeros(1, dtype=bool)
-    return order_keys(event, event, nothing, np.zeros((1, 17), dtype=np.uint8))[0]
+    return stock_order(int(moment.timestamp()) * 1_000_000)
 
 
 def _stock_seconds(us: int) -> int:
