@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock check format test campaign demo up bench bench-stream clean
+.PHONY: help setup lock check format test campaign demo up bench bench-stream bench-stores clean
 
 VENV ?= .venv
 STAMP := $(VENV)/.headrace-setup
@@ -68,11 +68,15 @@ demo: setup ## the whole path once: broker, database, worker, batch chain, then 
 up: setup ## the same, and stay: Luigi on 8082, worker pages on 6066, feast ui on 8888
 	@$(PYTHON) -m demo.up
 
-bench: setup ## the benchmark, short
+bench: setup ## the benchmarks, short: the stream, and a few rows of the stores (about 90 seconds)
 	$(PYTHON) -m benchmarks.stream --events 100000 --peer-events 10000
+	$(PYTHON) -m benchmarks.stores --only materialize-redis retrieve online-redis --runs 1 --scale 0.02
 
 bench-stream: setup ## the benchmark of the stream in full: a million events
 	$(PYTHON) -m benchmarks.stream
+
+bench-stores: setup ## the benchmark of both stores in full, into docs/benchmarks.md (about 25 minutes)
+	$(PYTHON) -m benchmarks.stores --write docs/benchmarks.md
 
 clean: ## remove the environment, the caches and what the demonstration wrote
 	rm -rf .venv .cache data build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -227,13 +227,13 @@ def append(bench: Bench, name: str) -> list[Row]:
     large = bench.history(bench.scaled(10 * MILLION), bench.scaled(MILLION), NARROW, pieces=20)
     small = bench.history(bench.scaled(MILLION), bench.scaled(MILLION), NARROW, pieces=10)
 
-    def measure(operation: str, side: str, times: int, **more: str) -> tuple[float, float]:
+    def measure(operation: str, form: str, times: int, **more: str) -> tuple[float, float]:
         places = [bench.place(), bench.place()]
         workers = [
             bench.worker(
                 operation,
                 folder=str(place),
-                history=history.copy(side, place),
+                history=history.copy(form, place),
                 features=NARROW,
                 rows=1_000,
                 **more,
@@ -243,9 +243,12 @@ def append(bench: Bench, name: str) -> list[Row]:
         with workers[0], workers[1]:
             for worker in workers:
                 worker.run()  # the first one opens what stays open
-            answers = [[worker.run() for worker in workers] for _ in range(times)]
-        onto_large, onto_small = (median_of(column, "seconds") for column in map(list, zip(*answers, strict=True)))
-        bench.say(f"{name}: {operation}, {side}: {seconds(onto_large)} and {seconds(onto_small)}, {times} appends each")
+            found: tuple[list[Answer], list[Answer]] = ([], [])
+            for number in range(times):
+                for index in (0, 1) if number % 2 else (1, 0):  # neither always comes first
+                    found[index].append(workers[index].run())
+        onto_large, onto_small = (median_of(answers, "seconds") for answers in found)
+        bench.say(f"{name}: {operation}, {form}: {seconds(onto_large)} and {seconds(onto_small)}, {times} appends each")
         for place in places:
             shutil.rmtree(place)
         return onto_large, onto_small
