@@ -16,7 +16,7 @@ import re
 import socket
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import lru_cache
@@ -199,7 +199,7 @@ def create(
     path: Path,
     rows: pa.Table | Rows,
     footer: Footer,
-    accepted: Offsets | None = None,
+    accepted: Offsets | Ranges | None = None,
     *,
     operation: str = "append",
 ) -> bool:
@@ -272,8 +272,7 @@ def read_footer(path: Path) -> Footer:
 @lru_cache(maxsize=262_144)
 def _read_footer(path: Path, size: int, mtime_ns: int) -> Footer:
     try:
-        metadata = pq.read_metadata(path).metadata or {}
-        return Footer.from_json(metadata[META])
+        return Footer.from_json(_entries(path)[META])
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOENT:
             raise
@@ -286,44 +285,89 @@ def _read_footer(path: Path, size: int, mtime_ns: int) -> Footer:
 
 def read_accepted(path: Path) -> Offsets:
     """The offset of each row of a stream segment, in row order, ascending."""
-    metadata = pq.read_metadata(path).metadata or {}
-    return decode_ranges(metadata[ACCEPTED]) if ACCEPTED in metadata else np.empty(0, dtype=np.int64)
+    return decode_ranges(_entries(path).get(ACCEPTED, b""))
+
+
+def read_ranges(path: Path) -> Ranges:
+    """The same as ranges."""
+    return Ranges.decode(_entries(path).get(ACCEPTED, b""))
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Ascending numbers as ranges `[start, end)`, ascending, none touching the next."""
+
+    starts: Offsets
+    ends: Offsets
+
+    @classmethod
+    def of(cls, offsets: Offsets) -> Ranges:
+        """The ranges of strictly ascending numbers."""
+        if len(offsets) == 0:
+            return cls(offsets, offsets)
+        breaks = np.flatnonzero(np.diff(offsets) != 1)
+        return cls(offsets[np.concatenate(([0], breaks + 1))], offsets[np.concatenate((breaks, [-1]))] + 1)
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Ranges]) -> Ranges:
+        """Several, one behind the other, as one."""
+        starts = np.concatenate([piece.starts for piece in pieces])
+        ends = np.concatenate([piece.ends for piece in pieces])
+        apart = starts[1:] != ends[:-1]
+        if len(starts) == 0:
+            return cls(starts, ends)
+        apart = np.flatnonzero(starts[1:] != ends[:-1])
+        return cls(starts[np.concatenate(([0], apart + 1))], ends[np.concatenate((apart, [-1]))])
+
+    @property
+    def count(self) -> int:
+        """How many numbers."""
+        return int((self.ends - self.starts).sum())
+
+    def encode(self) -> bytes:
+        """LEB128 varints of (gap since the last range, length), deflated, in base64.
+
+        Base64 because Parquet's metadata are UTF-8 text to many readers.
+        """
+        if len(self.starts) == 0:
+            return b""
+        gaps = self.starts - np.concatenate(([0], self.ends[:-1]))
+        out = bytearray()
+        for value in np.column_stack((gaps, self.ends - self.starts)).ravel().tolist():
+            rest = value
+            while rest > 0x7F:
+                out.append(rest & 0x7F | 0x80)
+                rest >>= 7
+            out.append(rest)
+        return base64.b64encode(zlib.compress(bytes(out), 1))
+
+    @classmethod
+    def decode(cls, text: bytes) -> Ranges:
+        """The inverse of `encode`."""
+        numbers = list(_varints(zlib.decompress(base64.b64decode(text)))) if text else []
+        bounds: Offsets = np.cumsum(np.array(numbers, dtype=np.int64))
+        return cls(bounds[::2], bounds[1::2])
+
+    def offsets(self) -> Offsets:
+        """Every number."""
+        lengths = self.ends - self.starts
+        before = np.cumsum(lengths) - lengths
+        every: Offsets = np.arange(self.count, dtype=np.int64) + np.repeat(self.starts - before, lengths)
+        return every
 
 
 def encode_ranges(offsets: Offsets) -> bytes:
-    """Ascending offsets as ranges: LEB128 varints of (gap since the last range, length), deflated, in base64.
-
-    Base64 because Parquet's metadata are UTF-8 text to many readers.
-    """
-    if len(offsets) == 0:
-        return b""
-    breaks = np.flatnonzero(np.diff(offsets) != 1) + 1
-    starts = offsets[np.concatenate(([0], breaks))]
-    lengths = np.diff(np.concatenate(([0], breaks, [len(offsets)])))
-    ends = starts + lengths
-    gaps = starts - np.concatenate(([0], ends[:-1]))
-    out = bytearray()
-    for value in np.column_stack((gaps, lengths)).ravel().tolist():
-        rest = value
-        while rest > 0x7F:
-            out.append(rest & 0x7F | 0x80)
-            rest >>= 7
-        out.append(rest)
-    return base64.b64encode(zlib.compress(bytes(out), 1))
+    """Strictly ascending offsets as the text of a footer."""
+    return Ranges.of(offsets).encode()
 
 
 def decode_ranges(text: bytes) -> Offsets:
     """The inverse of `encode_ranges`."""
-    if not text:
-        return np.empty(0, dtype=np.int64)
-    numbers = list(_varints(zlib.decompress(base64.b64decode(text))))
-    pieces: list[Offsets] = []
-    end = 0
-    for gap, length in zip(numbers[::2], numbers[1::2], strict=True):
-        start = end + gap
-        end = start + length
-        pieces.append(np.arange(start, end, dtype=np.int64))
-    return np.concatenate(pieces)
+    return Ranges.decode(text).offsets()
+
+
+def _entries(path: Path) -> Mapping[bytes, bytes]:
+    return pq.read_metadata(path).metadata or {}
 
 
 def _varints(data: bytes) -> Iterator[int]:
@@ -354,7 +398,12 @@ def _make_folder(folder: Path) -> None:
 
 
 def _linked(
-    temporary: Path, path: Path, rows: pa.Table | Rows, footer: Footer, accepted: Offsets | None, operation: str
+    temporary: Path,
+    path: Path,
+    rows: pa.Table | Rows,
+    footer: Footer,
+    accepted: Offsets | Ranges | None,
+    operation: str,
 ) -> bool:
     """Write the file and link it; False where the name is taken."""
     for _ in range(_TRIES):
@@ -378,7 +427,9 @@ def _has_append(path: Path, append: str) -> bool:
         return False
 
 
-def _write(path: Path, rows: pa.Table | Rows, footer: Footer, accepted: Offsets | None, operation: str) -> None:
+def _write(
+    path: Path, rows: pa.Table | Rows, footer: Footer, accepted: Offsets | Ranges | None, operation: str
+) -> None:
     chunks = rows.chunks() if isinstance(rows, Rows) else (rows,)
     with path.open("wb") as sink:
         # Without Arrow's own schema entry the footer has ours alone; the types survive, being Parquet's.
@@ -386,8 +437,9 @@ def _write(path: Path, rows: pa.Table | Rows, footer: Footer, accepted: Offsets 
             for chunk in chunks:
                 writer.write_table(chunk, row_group_size=ROWS_A_GROUP)
             entries = {META.decode(): footer.to_json()}
-            if accepted is not None and len(accepted):
-                entries[ACCEPTED.decode()] = encode_ranges(accepted).decode()
+            ranges = accepted if isinstance(accepted, Ranges) or accepted is None else Ranges.of(accepted)
+            if ranges is not None and ranges.count:
+                entries[ACCEPTED.decode()] = ranges.encode().decode()
             writer.add_key_value_metadata(entries)
         sink.flush()
         reached(f"{operation}.1.temporary-written")
