@@ -5,8 +5,10 @@ Everything is columnar: each check yields a mask of bad rows; only rejected rows
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
@@ -14,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from feast.types import Array, Decimal, FeastType, Json, Map, Set, Struct, TimeUuid, UnixTimestamp, Uuid
 
 from headrace.contract import TIMESTAMP, Rule, Transform, ViewContract
+from headrace.values import parse_map, parse_maps
 
 Rows = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -102,8 +106,10 @@ def conform(
 
     Columns may be of the target type; of a wider numeric type (a fraction or an overflow is a fault); text for
     timestamps (`YYYY-MM-DD HH:MM:SS` or ISO 8601 with fraction and offset; without an offset it is UTC; beyond
-    microseconds it is cut); timestamps of any unit and zone. A number is no timestamp, text is no number. Columns that
-    the view does not know are dropped, one that it wants and the table lacks is a fault of each row.
+    microseconds it is cut); timestamps of any unit and zone. A number is no timestamp, text is no number. Maps and JSON
+    may be JSON text or whatever has a JSON form, UUIDs and decimals text or what they are. Lists and structs are cast
+    part by part. Columns that the view does not know are dropped, one that it wants and the table lacks is a fault of
+    each row.
 
     Args:
         now_us: now, in microseconds since the epoch.
@@ -118,7 +124,7 @@ def conform(
     columns: list[pa.Array] = []
     for field in contract.schema:
         rule = contract.rule(field.name) if rules else Rule(field.name)
-        column = _cast(table, field, rule, faults)
+        column = _cast(contract, table, field, rule, faults)
         _check_nulls(contract, column, field, rule, faults)
         _check_rule(column, rule, faults)
         columns.append(column)
@@ -192,71 +198,157 @@ def _transformed(table: pa.Table, transform: Transform, faults: _Faults) -> tupl
     return result.drop_columns([Transform.SKIP_COLUMN]), _to_mask(marks)
 
 
-def _cast(table: pa.Table, field: pa.Field, rule: Rule, faults: _Faults) -> pa.Array:
+def _cast(contract: ViewContract, table: pa.Table, field: pa.Field, rule: Rule, faults: _Faults) -> pa.Array:
     """One column in its target type; rows that cannot be cast are faults and null."""
-    nulls = pa.nulls(table.num_rows, field.type)
     if field.name not in table.column_names:
         if rule.nullable is not True:
             every: Mask = np.ones(table.num_rows, dtype=bool)
             faults.add(every, Reason.MISSING_FIELD, field.name, lambda _: f"field `{field.name}` is missing")
-        return nulls
+        return pa.nulls(table.num_rows, field.type)
     column = _one_chunk(table.column(field.name))
-    if column.type == field.type:
-        return column
-    if pa.types.is_null(column.type):
-        return nulls
-    if pa.types.is_timestamp(field.type):
-        return _cast_timestamp(column, field, faults)
-    if not _may_cast(column.type, field.type):
-        faults.add(
-            _to_mask(column.is_valid()), Reason.WRONG_TYPE, field.name, lambda row: _expected(field, column, row)
-        )
-        return nulls
-    result = _cast_or_null(column, field.type)
-    bad = _to_mask(pc.and_(column.is_valid(), result.is_null()))
-    if pa.types.is_floating(field.type) and pa.types.is_floating(column.type):
-        # A finite double that becomes an infinite float has not been stored but lost.
-        bad |= _to_mask(pc.and_(pc.is_finite(column), pc.invert(pc.is_finite(result))).fill_null(False))
+    is_time = field.name in (contract.timestamp_field, contract.created_field)
+    dtype = UnixTimestamp if is_time else contract.dtype(field.name)
+    result, bad = _converted(column, field.type, dtype)
     if bad.any():
-        faults.add(bad, Reason.WRONG_TYPE, field.name, lambda row: _expected(field, column, row))
+        reason = Reason.BAD_TIMESTAMP if dtype == UnixTimestamp else Reason.WRONG_TYPE
+        wanted = _WANTED.get(dtype) or (str(dtype) if _is_nested(field.type) else str(field.type))
+        faults.add(
+            bad,
+            reason,
+            field.name,
+            lambda row: f"field `{field.name}`: expected {wanted}, found {_shown(column[row].as_py())}",
+        )
+        result = pc.if_else(pa.array(bad), None, result)
     return result
 
 
-def _cast_timestamp(column: pa.Array, field: pa.Field, faults: _Faults) -> pa.Array:
+_WANTED: Mapping[FeastType, str] = {
+    UnixTimestamp: "a time such as 2026-01-31 12:00:00 or 2026-01-31T12:00:00.5+01:00",
+    Map: "a JSON object, its integers within 64 bits",
+    Array(Map): "a JSON array of objects, their integers within 64 bits",
+    Json: "JSON",
+    Uuid: "a UUID",
+    TimeUuid: "a UUID",
+    Decimal: "a decimal number",
+}
+
+
+def _converted(column: pa.Array, target: pa.DataType, dtype: FeastType) -> tuple[pa.Array, Mask]:
+    """A column in another type, and which rows cannot be; a null stays null and is no fault."""
+    none: Mask = np.zeros(len(column), dtype=bool)
+    if pa.types.is_null(column.type):
+        return pa.nulls(len(column), target), none
+    if dtype in _JSON:
+        return _json_text(column, _JSON[dtype])
+    if dtype in _TEXTS:
+        return _checked_text(column, _TEXTS[dtype])
+    if pa.types.is_timestamp(target):
+        return _timestamps(column)
+    if isinstance(dtype, Array | Set) and _is_list(column.type):
+        return _converted_items(column, target, dtype.base_type)
+    if isinstance(dtype, Struct) and pa.types.is_struct(column.type):
+        return _converted_fields(column, target, dtype)
+    if column.type == target:
+        return column, none
+    if not _may_cast(column.type, target):
+        return pa.nulls(len(column), target), _to_mask(column.is_valid())
+    result = _cast_or_null(column, target)
+    bad = _to_mask(pc.and_(column.is_valid(), result.is_null()))
+    if pa.types.is_floating(target) and pa.types.is_floating(column.type):
+        # A finite double that becomes an infinite float has not been stored but lost.
+        bad |= _to_mask(pc.and_(pc.is_finite(column), pc.invert(pc.is_finite(result))).fill_null(False))
+    return result, bad
+
+
+def _converted_items(column: pa.Array, target: pa.DataType, dtype: FeastType) -> tuple[pa.Array, Mask]:
+    """Lists item by item. A list with a bad item is bad, and one with a null that no client could read."""
+    items = column.flatten()
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+    converted, bad = _converted(items, target.value_type, dtype)
+    if dtype in _TEXTS or isinstance(dtype, Struct):
+        bad = bad | _to_mask(items.is_null())
+    offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    lists = pa.ListArray.from_arrays(offsets, converted, mask=column.is_null())
+    bad_lists: Mask = np.zeros(len(column), dtype=bool)
+    if bad.any():
+        bad_lists[np.repeat(np.arange(len(column)), lengths)[bad]] = True
+    return lists, bad_lists
+
+
+def _converted_fields(column: pa.Array, target: pa.DataType, dtype: Struct) -> tuple[pa.Array, Mask]:
+    """Structs field by field: one that is not there is null, one that is unknown is dropped."""
+    known = {field.name: part for field, part in zip(column.type, column.flatten(), strict=True)}
+    bad: Mask = np.zeros(len(column), dtype=bool)
+    parts = []
+    for field in target:
+        part, wrong = _converted(known.get(field.name, pa.nulls(len(column))), field.type, dtype.fields[field.name])
+        parts.append(part)
+        bad |= wrong
+    return pa.StructArray.from_arrays(parts, fields=list(target), mask=column.is_null()), bad
+
+
+def _json_text(column: pa.Array, parse: Callable[[str], Any]) -> tuple[pa.Array, Mask]:
+    """JSON: text that is parsed to see that it is, anything else as its JSON."""
+    texts: list[str | None] = []
+    bad: Mask = np.zeros(len(column), dtype=bool)
+    for row, scalar in enumerate(column):
+        try:
+            value = scalar.as_py(maps_as_pydicts="strict")
+            text = value if value is None or isinstance(value, str) else json.dumps(value)
+            if text is not None:
+                parse(text)
+            texts.append(text)
+        except (KeyError, TypeError, ValueError, RecursionError):  # a key twice, no JSON form, no JSON, too deep
+            texts.append(None)
+            bad[row] = True
+    return pa.array(texts, pa.string()), bad
+
+
+_JSON: Mapping[FeastType, Callable[[str], Any]] = {Map: parse_map, Array(Map): parse_maps, Json: json.loads}
+
+
+def _checked_text(column: pa.Array, pattern: str) -> tuple[pa.Array, Mask]:
+    """Text of a form, or what has it when it is written out: UUIDs, decimals and integers."""
+    if _is_text(column.type):
+        text = column.cast(pa.string())
+    elif isinstance(column.type, pa.UuidType) or pa.types.is_decimal(column.type) or pa.types.is_integer(column.type):
+        text = pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
+    else:
+        return pa.nulls(len(column), pa.string()), _to_mask(column.is_valid())
+    return text, ~_to_mask(pc.match_substring_regex(text, pattern).fill_null(True))
+
+
+_UUID = r"^[0-9a-fA-F]{8}-?[0-9a-fA-F]{4}-?[0-9a-fA-F]{4}-?[0-9a-fA-F]{4}-?[0-9a-fA-F]{12}$"
+_DECIMAL = r"^[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,9})?|Infinity|NaN)$"
+_TEXTS: Mapping[FeastType, str] = {Uuid: _UUID, TimeUuid: _UUID, Decimal: _DECIMAL}
+
+
+def _timestamps(column: pa.Array) -> tuple[pa.Array, Mask]:
+    """Times of any form that is one, within the years 1 to 9999, which are all that Python has."""
     if pa.types.is_timestamp(column.type):
         if column.type.tz is None:
             column = pc.assume_timezone(column, "UTC")
-        return column.cast(TIMESTAMP, safe=False)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        parsed, bad = parse_timestamps(column.cast(pa.string()))
+        moments, bad = column.cast(TIMESTAMP, safe=False), np.zeros(len(column), dtype=bool)
+    elif _is_text(column.type):
+        moments, bad = parse_timestamps(column.cast(pa.string()))
     else:
-        parsed, bad = pa.nulls(len(column), TIMESTAMP), _to_mask(column.is_valid())
-    faults.add(
-        bad,
-        Reason.BAD_TIMESTAMP,
-        field.name,
-        lambda row: (
-            f"field `{field.name}`: expected a time such as 2026-01-31 12:00:00 or 2026-01-31T12:00:00.5+01:00, "
-            f"found {_shown(column[row].as_py())}"
-        ),
-    )
-    return parsed
+        return pa.nulls(len(column), TIMESTAMP), _to_mask(column.is_valid())
+    within = pc.and_(pc.greater_equal(moments, _EARLIEST), pc.less_equal(moments, _LATEST))
+    return moments, bad | ~_to_mask(within.fill_null(True))
+
+
+_EARLIEST = pa.scalar(datetime(1, 1, 1, tzinfo=UTC), TIMESTAMP)
+_LATEST = pa.scalar(datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC), TIMESTAMP)
 
 
 def _may_cast(source: pa.DataType, target: pa.DataType) -> bool:
-    """Whether values of one type can stand for another: numbers for numbers, text for text, lists item by item."""
+    """Whether values of one type can stand for another: numbers for numbers, text for text."""
     kinds: list[Callable[[pa.DataType], bool]] = [
         lambda t: pa.types.is_integer(t) or pa.types.is_floating(t) or pa.types.is_decimal(t),
-        lambda t: pa.types.is_string(t) or pa.types.is_large_string(t),
+        _is_text,
         lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t) or pa.types.is_fixed_size_binary(t),
         pa.types.is_boolean,
-        pa.types.is_map,
-        pa.types.is_struct,
     ]
-    if _is_list(source) and _is_list(target):
-        return pa.types.is_null(source.value_type) or _may_cast(source.value_type, target.value_type)
-    if pa.types.is_timestamp(source) and pa.types.is_timestamp(target):
-        return True
     return any(kind(source) and kind(target) for kind in kinds)
 
 
@@ -331,10 +423,6 @@ def _check_future(
         )
 
 
-def _expected(field: pa.Field, column: pa.Array, row: int) -> str:
-    return f"field `{field.name}`: expected {field.type}, found {_shown(column[row].as_py())}"
-
-
 def _shown(value: Any) -> str:
     """A value for a message: its repr, shortened."""
     text = repr(value)
@@ -343,6 +431,14 @@ def _shown(value: Any) -> str:
 
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_nested(kind: pa.DataType) -> bool:
+    return _is_list(kind) or pa.types.is_struct(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:

@@ -322,7 +322,13 @@ def _rule(view: FeatureView, field: Field, column: str) -> Rule:
             except ValueError:
                 msg = f"{where}: tag {bound}={tags[bound]!r} is no number; write it as in {{'{bound}': '0.5'}}"
                 raise ConfigError(msg) from None
+            if field.dtype not in (Int32, Int64, Float32, Float64):
+                msg = f"{where}: tag {bound} bounds numbers, the field is of type {field.dtype}; remove the tag"
+                raise ConfigError(msg)
     if "isin" in tags:
+        if field.dtype not in (Int32, Int64, Float32, Float64, Bool, String):
+            msg = f"{where}: tag isin lists numbers or texts, the field is of type {field.dtype}; remove the tag"
+            raise ConfigError(msg)
         values["isin"] = tuple(part.strip() for part in tags["isin"].split(","))
     if "nullable" in tags:
         if tags["nullable"] not in ("true", "false"):

@@ -69,6 +69,17 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def take(self, rows: Int64s) -> EncodedRows:
+        """These rows alone, in the order given."""
+        at = rows.tolist()
+        return EncodedRows(
+            [self.keys[i] for i in at],
+            [self.order[i] for i in at],
+            [self.event_us[i] for i in at],
+            [self.created_us[i] for i in at],
+            {name: [column[i] for i in at] for name, column in self.values.items()},
+        )
+
 
 def encode(contract: ViewContract, table: pa.Table, tails: Tails | None = None) -> EncodedRows:
     """Reduce rows to the newest of each key, and encode those.
@@ -84,21 +95,28 @@ def encode(contract: ViewContract, table: pa.Table, tails: Tails | None = None) 
     created, has_created = _times(contract, table, contract.created_field)
     keys = _keys(contract, table)
     rows, tied = _candidates(_key_codes(contract, table, keys), event, created, has_created)
-    tails = np.zeros((table.num_rows, 17), dtype=np.uint8) if tails is None else tails
     if len(rows) < table.num_rows:
-        table, keys, tails = table.take(pa.array(rows)), keys.take(pa.array(rows)), tails[rows]
-        event, created, has_created = event[rows], created[rows], has_created[rows]
+        table = table.take(pa.array(rows))
+        tails = None if tails is None else tails[rows]
+    encoded = encode_each(contract, table, tails)
+    return newest(encoded) if tied else encoded
+
+
+def encode_each(contract: ViewContract, table: pa.Table, tails: Tails | None = None) -> EncodedRows:
+    """Encode every row, aligned with the table: as `encode`, but keys may come several times."""
+    event, _ = _times(contract, table, contract.timestamp_field)
+    created, has_created = _times(contract, table, contract.created_field)
     known = created.astype(object)
     known[~has_created] = None
     values = {contract.view_name(name): _serialized(contract, table, name) for name in contract.features}
-    encoded = EncodedRows(
-        keys=to_list(keys),
+    tails = np.zeros((table.num_rows, 17), dtype=np.uint8) if tails is None else tails
+    return EncodedRows(
+        keys=to_list(_keys(contract, table)),
         order=order_keys(event, created, has_created, _with_hashes(tails, values)),
         event_us=event.tolist(),
         created_us=known.tolist(),
         values={name: to_list(column) for name, column in values.items()},
     )
-    return newest(encoded) if tied else encoded
 
 
 def newest(rows: EncodedRows) -> EncodedRows:
@@ -110,14 +128,7 @@ def newest(rows: EncodedRows) -> EncodedRows:
         seen = best.get(key)
         if seen is None or rows.order[seen] <= order:
             best[key] = index
-    keep = sorted(best.values())
-    return EncodedRows(
-        [rows.keys[i] for i in keep],
-        [rows.order[i] for i in keep],
-        [rows.event_us[i] for i in keep],
-        [rows.created_us[i] for i in keep],
-        {name: [column[i] for i in keep] for name, column in rows.values.items()},
-    )
+    return rows.take(np.array(sorted(best.values()), dtype=np.int64))
 
 
 def order_keys(event_us: Int64s, created_us: Int64s, has_created: Masks, tails: npt.NDArray[np.uint8]) -> list[bytes]:

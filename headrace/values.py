@@ -282,9 +282,10 @@ def parse_map(text: str) -> dict[str, Any]:
     """A map from its JSON text.
 
     Raises:
-        ValueError: the text is no JSON object.
+        ValueError: the text is no JSON object, or holds what a message cannot: an integer beyond 64 bits, half a
+            surrogate pair.
     """
-    parsed = json.loads(text)
+    parsed = _parse(text)
     if not isinstance(parsed, dict):
         msg = f"expected a JSON object, found {type(parsed).__name__}"
         raise ValueError(msg)
@@ -295,13 +296,28 @@ def parse_maps(text: str) -> list[dict[str, Any]]:
     """A list of maps from its JSON text.
 
     Raises:
-        ValueError: the text is no JSON array of objects.
+        ValueError: the text is no JSON array of objects, or as `parse_map` says.
     """
-    parsed = json.loads(text)
+    parsed = _parse(text)
     if not isinstance(parsed, list) or not all(isinstance(item, dict) for item in parsed):
         msg = "expected a JSON array of objects"
         raise ValueError(msg)
     return parsed
+
+
+def _parse(text: str) -> Any:
+    parsed = json.loads(text, parse_int=_int64)
+    if "\\u" in text:
+        json.dumps(parsed, ensure_ascii=False).encode()
+    return parsed
+
+
+def _int64(digits: str) -> int:
+    number = int(digits)
+    if not -(2**63) <= number < 2**63:
+        msg = f"integer {digits} is beyond 64 bits"
+        raise ValueError(msg)
+    return number
 
 
 def _map(entries: Mapping[str, Any]) -> MapProto:

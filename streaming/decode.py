@@ -9,11 +9,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 import numpy as np
 import pyarrow as pa
+from feast.types import Array, FeastType, Json, Map, Set, Struct, UnixTimestamp
 
 from headrace.conform import Reason, Reject, Rows
 from headrace.contract import ViewContract
@@ -104,7 +105,7 @@ class JsonDecoder:
             fields.append((f"f{index}", kind | None, None) if name in optional else (f"f{index}", kind | None))
         renamed = {f"f{index}": name for index, name in enumerate(self._names)}
         row = msgspec.defstruct("Row", fields, rename=renamed, kw_only=True, gc=False)
-        return msgspec.json.Decoder(row).decode
+        return msgspec.json.Decoder(row, dec_hook=_to_json_text).decode
 
     def _second_look(self, value: bytes, index: int, error: Exception) -> Any:
         """The struct after all, if integers were written as floats; else the reject."""
@@ -170,12 +171,38 @@ class JsonDecoder:
         return pa.array(good, kind)
 
 
+class _JsonText(str):
+    """JSON as text: whatever a field holds, or, as Feast has it, the JSON in the text that it holds."""
+
+    __slots__ = ()
+
+
+def _to_json_text(_: type, value: Any) -> _JsonText:
+    return _JsonText(value if isinstance(value, str) else msgspec.json.encode(value).decode())
+
+
 def _form(contract: ViewContract, field: pa.Field) -> tuple[Any, pa.DataType]:
     """What a column is in JSON, and as what it is taken to Arrow."""
-    kind = field.type
-    if pa.types.is_list(kind):
-        item, arrow = _form(contract, pa.field(field.name, kind.value_type))
-        return list[item | None], pa.list_(arrow)  # type: ignore[valid-type]
+    times = (contract.timestamp_field, contract.created_field)
+    dtype = UnixTimestamp if field.name in times else contract.dtype(field.name)
+    form = _form_of(dtype, field.type)
+    if form is None:
+        msg = f"feature view `{contract.name}`: field `{field.name}` of type {dtype} has no JSON form; use another type"
+        raise ConfigError(msg)
+    return form
+
+
+def _form_of(dtype: FeastType, kind: pa.DataType) -> tuple[Any, pa.DataType] | None:
+    if dtype in (Map, Array(Map), Json):
+        return _JsonText, pa.string()
+    if isinstance(dtype, Struct):
+        forms = {part.name: _form_of(dtype.fields[part.name], part.type) for part in kind}
+        known = {name: form for name, form in forms.items() if form is not None}
+        parts = TypedDict("Parts", {name: form | None for name, (form, _) in known.items()}, total=False)  # type: ignore[misc]
+        return parts, pa.struct([(name, arrow) for name, (_, arrow) in known.items()])
+    if isinstance(dtype, Array | Set):
+        item = _form_of(dtype.base_type, kind.value_type)
+        return item and (list[item[0] | None], pa.list_(item[1]))  # type: ignore[valid-type]
     simple: list[tuple[Callable[[pa.DataType], bool], Any, pa.DataType]] = [
         (pa.types.is_integer, _INT64, pa.int64()),
         (pa.types.is_floating, float, pa.float64()),
@@ -183,11 +210,5 @@ def _form(contract: ViewContract, field: pa.Field) -> tuple[Any, pa.DataType]:
         (pa.types.is_timestamp, str, pa.string()),
         (pa.types.is_string, str, pa.string()),
         (pa.types.is_binary, bytes, pa.binary()),
-        (pa.types.is_map, dict, kind),
-        (pa.types.is_struct, dict, kind),
     ]
-    for fits, form, arrow in simple:
-        if fits(kind):
-            return form, arrow
-    msg = f"feature view `{contract.name}`: field `{field.name}` of type {kind} has no JSON form; use another type"
-    raise ConfigError(msg)
+    return next(((form, arrow) for fits, form, arrow in simple if fits(kind)), None)
