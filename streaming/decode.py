@@ -18,7 +18,6 @@ from feast.types import Array, FeastType, Json, Map, Set, Struct, UnixTimestamp
 
 from headrace.conform import Reason, Reject, Rows
 from headrace.contract import ViewContract
-from headrace.errors import ConfigError
 
 _INT64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _MISSING = re.compile(r"^Object missing required field `(?P<field>.*)`$")
@@ -48,9 +47,6 @@ class JsonDecoder:
 
     Fields that the view does not have are ignored. A feature absent is a fault unless its rule says `nullable`;
     whether a null is one, is for `headrace.conform` to say.
-
-    Raises:
-        ConfigError: the view has a column whose type has no JSON form.
     """
 
     def __init__(self, contract: ViewContract) -> None:
@@ -59,7 +55,11 @@ class JsonDecoder:
         self._integers = [
             (f"f{index}", field.name) for index, field in enumerate(contract.schema) if pa.types.is_integer(field.type)
         ]
-        forms = [_form(contract, field) for field in contract.schema]
+        times = (contract.timestamp_field, contract.created_field)
+        forms = [
+            _form(UnixTimestamp if field.name in times else contract.dtype(field.name), field.type)
+            for field in contract.schema
+        ]
         self._columns = [
             (name, attrgetter(f"f{index}"), form[1])
             for index, (name, form) in enumerate(zip(self._names, forms, strict=True))
@@ -181,34 +181,21 @@ def _to_json_text(_: type, value: Any) -> _JsonText:
     return _JsonText(value if isinstance(value, str) else msgspec.json.encode(value).decode())
 
 
-def _form(contract: ViewContract, field: pa.Field) -> tuple[Any, pa.DataType]:
-    """What a column is in JSON, and as what it is taken to Arrow."""
-    times = (contract.timestamp_field, contract.created_field)
-    dtype = UnixTimestamp if field.name in times else contract.dtype(field.name)
-    form = _form_of(dtype, field.type)
-    if form is None:
-        msg = f"feature view `{contract.name}`: field `{field.name}` of type {dtype} has no JSON form; use another type"
-        raise ConfigError(msg)
-    return form
-
-
-def _form_of(dtype: FeastType, kind: pa.DataType) -> tuple[Any, pa.DataType] | None:
+def _form(dtype: FeastType, kind: pa.DataType) -> tuple[Any, pa.DataType]:
+    """What a value is in JSON, and as what it is taken to Arrow."""
     if dtype in (Map, Array(Map), Json):
         return _JsonText, pa.string()
     if isinstance(dtype, Struct):
-        forms = {part.name: _form_of(dtype.fields[part.name], part.type) for part in kind}
-        known = {name: form for name, form in forms.items() if form is not None}
-        parts = TypedDict("Parts", {name: form | None for name, (form, _) in known.items()}, total=False)  # type: ignore[misc]
-        return parts, pa.struct([(name, arrow) for name, (_, arrow) in known.items()])
+        forms = {part.name: _form(dtype.fields[part.name], part.type) for part in kind}
+        parts = TypedDict("Parts", {name: form[0] | None for name, form in forms.items()}, total=False)  # type: ignore[misc]
+        return parts, pa.struct([(name, form[1]) for name, form in forms.items()])
     if isinstance(dtype, Array | Set):
-        item = _form_of(dtype.base_type, kind.value_type)
-        return item and (list[item[0] | None], pa.list_(item[1]))  # type: ignore[valid-type]
+        form, arrow = _form(dtype.base_type, kind.value_type)
+        return list[form | None], pa.list_(arrow)  # type: ignore[valid-type]
     simple: list[tuple[Callable[[pa.DataType], bool], Any, pa.DataType]] = [
         (pa.types.is_integer, _INT64, pa.int64()),
         (pa.types.is_floating, float, pa.float64()),
         (pa.types.is_boolean, bool, pa.bool_()),
-        (pa.types.is_timestamp, str, pa.string()),
-        (pa.types.is_string, str, pa.string()),
         (pa.types.is_binary, bytes, pa.binary()),
     ]
-    return next(((form, arrow) for fits, form, arrow in simple if fits(kind)), None)
+    return next(((form, arrow) for fits, form, arrow in simple if fits(kind)), (str, pa.string()))

@@ -3,52 +3,32 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import pyarrow as pa
 import pytest
-from feast import FeatureView
+from feast import Field
+from feast.types import Array, Bool, Bytes, FeastType, Float32, Int32, Int64, Json, Map, String, Struct, UnixTimestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.conform import Reason, conform
-from headrace.contract import Rule, ViewContract
-from headrace.errors import ConfigError
+from headrace.contract import ViewContract
 from streaming.decode import JsonDecoder
+from tests.headrace.views import config, view
 
-US = pa.timestamp("us", tz="UTC")
 
-
-def contract(*fields: pa.Field, rules: tuple[Rule, ...] = ()) -> ViewContract:
-    schema = pa.schema([pa.field("id", pa.int64()), *fields, pa.field("at", US), pa.field("made", US)])
-    return ViewContract(
-        name="view",
-        project="tests",
-        feature_view=cast("FeatureView", None),
-        join_keys=("id",),
-        features=tuple(field.name for field in fields),
-        timestamp_field="at",
-        created_field="made",
-        schema=schema,
-        field_mapping={},
-        rules=rules,
-        directory=Path("nowhere"),
-        topic="topic",
-        bootstrap_servers=None,
-        message_format="json",
-        message_schema=None,
-        source_table=None,
-        transform=None,
-    )
+def contract(*fields: Field) -> ViewContract:
+    return ViewContract.from_feast(view(features=fields)[1], config(Path(tempfile.mkdtemp())))
 
 
 VIEW = contract(
-    pa.field("rate", pa.float32()),
-    pa.field("trips", pa.int32()),
-    pa.field("note", pa.string()),
-    rules=(Rule("rate", ge=0, le=1), Rule("trips", ge=0, nullable=False), Rule("note", nullable=True)),
+    Field(name="rate", dtype=Float32, tags={"ge": "0", "le": "1"}),
+    Field(name="trips", dtype=Int32, tags={"ge": "0", "nullable": "false"}),
+    Field(name="note", dtype=String, tags={"nullable": "true"}),
 )
 GOOD = {"id": 1, "rate": 0.5, "trips": 3, "note": "n", "at": "2026-01-31 12:00:00", "made": None}
 
@@ -149,24 +129,51 @@ def test_what_is_good(value: bytes) -> None:
 
 
 def test_a_name_with_dots_and_quotes_is_found() -> None:
-    view = contract(pa.field("a.b", pa.list_(pa.int64())), pa.field("a", pa.int64()))
-    decode = JsonDecoder(view)
+    dotted = contract(Field(name="a.b", dtype=Array(Int64)), Field(name="a", dtype=Int64))
+    decode = JsonDecoder(dotted)
     event = {"id": 1, "a.b": [1], "a": 1, "at": "x", "made": "x"}
     found = decode([json.dumps({**event, "a.b": [1, "x"]}).encode(), json.dumps({**event, "a": "x"}).encode()])
     assert [reject.field for reject in found.rejects] == ["a.b", "a"]
 
 
 def test_lists_bytes_and_booleans() -> None:
-    view = contract(pa.field("many", pa.list_(pa.float32())), pa.field("raw", pa.binary()), pa.field("yes", pa.bool_()))
+    mixed = contract(
+        Field(name="many", dtype=Array(Float32)), Field(name="raw", dtype=Bytes), Field(name="yes", dtype=Bool)
+    )
     event = {"id": 1, "many": [1, 2.5, None], "raw": "aGk=", "yes": True, "at": "2026-01-01 00:00:00", "made": None}
-    decoded = JsonDecoder(view)([json.dumps(event).encode()])
-    row = conform(view, decoded.table, now_us=time.time_ns() // 1000, max_future_us=None).table.to_pylist()[0]
+    decoded = JsonDecoder(mixed)([json.dumps(event).encode()])
+    row = conform(mixed, decoded.table, now_us=time.time_ns() // 1000, max_future_us=None).table.to_pylist()[0]
     assert (row["many"], row["raw"], row["yes"]) == ([1.0, 2.5, None], b"hi", True)
 
 
-def test_a_type_without_a_json_form_is_refused() -> None:
-    with pytest.raises(ConfigError, match="`odd` of type"):
-        JsonDecoder(contract(pa.field("odd", pa.duration("s"))))
+def test_maps_json_and_structs_are_taken_as_they_come_or_as_text() -> None:
+    shape = Struct({"n": Int32, "at": UnixTimestamp})
+    types: dict[str, FeastType] = {
+        "map": Map,
+        "any": Json,
+        "maps": Array(Map),
+        "some": Array(Json),
+        "form": shape,
+        "forms": Array(shape),
+    }
+    nested = contract(*(Field(name=name, dtype=dtype) for name, dtype in types.items()))
+    given_row = {"id": 1, "at": "2026-01-01 00:00:00", "made": None}
+    inline: dict[str, Any] = {
+        "map": {"a": [1, {"b": None}]},
+        "any": [1.5, "x"],
+        "maps": [{"a": 1}, {}],
+        "some": [True, {"a": None}, None],
+        "form": {"n": 3, "at": "2026-01-01 00:00:00", "more": 1},
+        "forms": [{"n": None}],
+    }
+    text = {**inline, **{name: json.dumps(inline[name], separators=(",", ":")) for name in ("map", "any", "maps")}}
+    decoded = JsonDecoder(nested)([json.dumps({**given_row, **row}).encode() for row in (inline, text)])
+    first, second = conform(nested, decoded.table, now_us=time.time_ns() // 1000, max_future_us=None).table.to_pylist()
+    assert first == second
+    assert first["map"] == '{"a":[1,{"b":null}]}'
+    assert first["some"] == ["true", '{"a":null}', None]
+    assert first["form"] == {"n": 3, "at": datetime(2026, 1, 1, tzinfo=UTC)}
+    assert first["forms"] == [{"n": None, "at": None}]
 
 
 @given(st.lists(st.one_of(st.none(), st.binary(max_size=40), st.sampled_from([changed(), changed(rate=2)]))))
