@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +68,6 @@ def open_side(side: str, folder: Path, history: Path, features: int, online: str
     return store
 
 
-def batch_engine() -> str:
-    """The batch engine of our side."""
-    try:
-        import_module("headrace.engine")
-    except ImportError:
-        return "local"
-    return "headrace.engine.HeadraceEngine"
-
-
 def _ours(online: str) -> dict[str, Any]:
     stores = {
         "sqlite": ("headrace.sqlite.HeadraceSqliteOnlineStore", "path"),
@@ -87,7 +77,7 @@ def _ours(online: str) -> dict[str, Any]:
     return {
         "offline_store": {"type": "headrace.offline.HeadraceOfflineStore"},
         "online_store": {"type": stores[kind][0], stores[kind][1]: place},
-        "batch_engine": {"type": batch_engine()},
+        "batch_engine": {"type": "headrace.engine.HeadraceEngine"},
     }
 
 

@@ -22,9 +22,13 @@ from feast import FeatureStore
 from benchmarks import store_data
 from benchmarks.measure import Answer, MeasureError, Operation, serve, timed
 from benchmarks.peers import KEY, OURS, VIEW, feature_names, open_side
-from headrace.chains import Folder, StreamLedger
+from headrace.audit import audit as audit_view
+from headrace.chains import StreamLedger
+from headrace.compact import compact as compact_view
 from headrace.contract import ViewContract
+from headrace.folder import Folder
 from headrace.repository import contracts
+from headrace.scan import newest as newest_rows
 
 _SAMPLE = 200
 
@@ -164,8 +168,6 @@ def serve_online(
 
 def audit(*, folder: str, history: str, features: int, online: str, keys: int) -> Callable[..., Answer]:
     """The audit of a view; all must be equal."""
-    from headrace.audit import audit as audit_view  # noqa: PLC0415
-
     store, contract = _ours(folder, history, features, online)
 
     def run() -> Answer:
@@ -180,8 +182,6 @@ def audit(*, folder: str, history: str, features: int, online: str, keys: int) -
 
 def read_newest(*, folder: str, history: str, features: int) -> Callable[..., Answer]:
     """The newest row of each key of everything, in chunks."""
-    from headrace.scan import newest as newest_rows  # noqa: PLC0415
-
     _, contract = _ours(folder, history, features)
 
     def run() -> Answer:
@@ -194,8 +194,6 @@ def read_newest(*, folder: str, history: str, features: int) -> Callable[..., An
 
 def compact(*, folder: str, history: str, features: int) -> Callable[..., Answer]:
     """Compact a view, and remove at once what was merged."""
-    from headrace.compact import compact as compact_view  # noqa: PLC0415
-
     _, contract = _ours(folder, history, features)
 
     def run() -> Answer:
