@@ -30,7 +30,7 @@ class HeadraceEngineConfig(LocalComputeEngineConfig):
 
 
 class HeadraceEngine(LocalComputeEngine):
-    """Materialize the newest row of each key within the window, both ends inclusive, with the order that it has offline.
+    """Materialize the newest row of each key within the window, both ends inclusive, in the order that it has offline.
 
     Memory is bounded by the offline store's `memory_limit`. A failing write fails the materialization, and Feast then
     records no interval. Idempotent; safe beside a running stream where the online store is one of ours.
@@ -65,5 +65,6 @@ class HeadraceEngine(LocalComputeEngine):
 
     def _takes(self, view: Any) -> bool:
         """Whether a view is plain rows of a folder of Parquet files, read by our offline store."""
-        is_plain = type(view) is FeatureView and not view.source_views and not view.enable_validation
-        return is_plain and isinstance(self.offline_store, HeadraceOfflineStore) and is_parquet(view.batch_source)
+        if type(view) is not FeatureView or view.source_views or view.enable_validation:
+            return False
+        return isinstance(self.offline_store, HeadraceOfflineStore) and is_parquet(view.batch_source)

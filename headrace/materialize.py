@@ -28,6 +28,7 @@ _TRIES = 10
 _LISTINGS = 5
 
 Progress = Callable[[int, int], None]
+Found = TypeVar("Found")
 Result = TypeVar("Result")
 
 
@@ -284,8 +285,8 @@ def _holds(contract: ViewContract, mark: Mark) -> bool:
 
 
 def _reading(
-    find: Callable[[], Result], files_of: Callable[[Result], Sequence[Path]], work: Callable[[Result], Any]
-) -> Any:
+    find: Callable[[], Found], files_of: Callable[[Found], Sequence[Path]], work: Callable[[Found], Result]
+) -> Result:
     """Find files and work on them; where one of them was removed meanwhile (a new snapshot, a merge), do so again."""
     for attempt in range(_LISTINGS):
         found = find()
