@@ -18,9 +18,8 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from headrace.contract import TIMESTAMP, ViewContract
+from headrace.contract import ViewContract
 from headrace.encode import Origin, Tails, encode_values, hash_tails, stream_tails
 from headrace.errors import SchemaError
 from headrace.segments import (
@@ -36,6 +35,9 @@ from headrace.segments import (
 ROWS_A_CHUNK = 100_000
 DEFAULT_MEMORY_LIMIT = "50%"
 """Of the machine's memory: what Feast and the caller make of a result needs the other half."""
+
+AS_OF = "__as_of"
+"""The entities' time."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -68,16 +70,12 @@ class PointInTime:
 
     Attributes:
         features: which columns, in the order wanted.
-        keys: for each join key of the view the column of the entities that holds it.
-        timestamp_column: the entities' time.
         ttl_us: how old a value may be, inclusive, microseconds; None is for ever.
         by_created: whether rows created after the entity's time are unknown to it, as are those without such a time.
         since: rows before it do not count.
     """
 
     features: Sequence[str]
-    keys: dict[str, str]
-    timestamp_column: str
     ttl_us: int | None
     by_created: bool = False
     since: datetime | None = None
@@ -169,8 +167,9 @@ def moments(
     with connection(memory_limit) as con:
         history = History(con, contract, files, window)
         names = [*contract.join_keys, contract.timestamp_field]
-        columns = ", ".join(history.column(name) for name in names)
-        found = con.sql(f"SELECT DISTINCT {columns} FROM history WHERE {window.condition(history.time)}")
+        columns = [history.column(name) for name in names]
+        condition = f"{_present(columns)} AND {window.condition(history.time)}"
+        found = con.sql(f"SELECT DISTINCT {', '.join(columns)} FROM history WHERE {condition}")
         return found.to_arrow_table().rename_columns(names)
 
 
@@ -200,7 +199,7 @@ def point_in_time(
     Null where there is no such row, where it is older than the ttl, and where a key or the time is null.
 
     Args:
-        entities: `join.timestamp_column` is `timestamp[us, UTC]`; the keys are in the contract's types.
+        entities: the join keys, in the contract's types, and the time as `AS_OF`, `timestamp[us, UTC]`.
 
     Raises:
         SchemaError: a value in an older or foreign file cannot be cast to the type that the view has now.
@@ -288,9 +287,9 @@ class History:
     def find_as_of(self, entities: pa.Table, join: PointInTime, window: Window) -> None:
         """Find for each entity row, by its number `row`, the newest row at or before its time and within the ttl."""
         nobody = pa.repeat(pa.scalar(True), entities.num_rows)
-        keys = [entities.column(join.keys[key]) for key in self._contract.join_keys] or [nobody]
+        keys = [entities.column(key) for key in self._contract.join_keys] or [nobody]
         rows = pa.array(np.arange(entities.num_rows, dtype=np.int64))
-        asked = pa.table([*keys, entities.column(join.timestamp_column), rows], [*self._keys, "as_of", "row"])
+        asked = pa.table([*keys, entities.column(AS_OF), rows], [*self._keys, "as_of", "row"])
         self._con.register("entities", asked)
         self._execute(f"CREATE TEMP TABLE asked AS FROM entities WHERE {_present([*self._keys, 'as_of'])}")
         same = ", ".join(self._keys)
@@ -433,17 +432,9 @@ def timestamp_literal(moment: datetime) -> str:
     return f"TIMESTAMPTZ '{_aware(moment).isoformat(sep=' ')}'"
 
 
-def to_utc(table: pa.Table, column: str) -> pa.Table:
-    """A table whose column of times is `timestamp[us, UTC]`; naive times are UTC."""
-    values = table.column(column)
-    if pa.types.is_timestamp(values.type) and values.type.tz is None:
-        values = pc.assume_timezone(values, "UTC")
-    return table.set_column(table.column_names.index(column), column, values.cast(TIMESTAMP, safe=False))
-
-
 def _window_of(entities: pa.Table, join: PointInTime) -> Window | None:
     """The event times that can matter to any of the entities; None if none can."""
-    low, high = time_bounds(entities, join.timestamp_column)
+    low, high = time_bounds(entities, AS_OF)
     if low is None or high is None:
         return None
     start = join.since
