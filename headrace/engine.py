@@ -44,7 +44,7 @@ class HeadraceEngine(LocalComputeEngine):
             return super()._materialize_one(registry, task, **kwargs)
         name = f"{view.name}-{task.start_time}-{task.end_time}"
         window = Window(task.start_time, task.end_time)
-        bar = None
+        bar: Any = None
 
         def progress(done: int, total: int) -> None:
             nonlocal bar
