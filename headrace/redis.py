@@ -1,8 +1,9 @@
 """Feast's Redis online store, with newest-wins decided inside Redis or Valkey by a script.
 
 The layout is Feast's: one hash an entity, a field a feature, `_ts:<view>` the event time. One more field a view,
-`_hr:<view>`, describes the stored row: its order, the very bytes of `_ts` that were written with it (where `_ts` is not
-those bytes any more, a stock client wrote later, and its time counts), and the fields it was written to.
+`_hr:<view>`, holds the order of the stored row followed by the very bytes of `_ts` that were written with it; where
+`_ts` is not those bytes any more, a stock client wrote later, and its time counts. It is at most 64 bytes long: beyond
+that Redis would store the whole hash in another way, several times as large.
 """
 
 from __future__ import annotations
@@ -71,60 +72,49 @@ local function stock_order(ts)
   local high = math.floor(upper / 65536) + 2147483648
   return struct.pack('>I4I4', high, upper % 65536 * 65536 + lower % 65536) .. string.rep('\\0', 25)
 end
--- The description of a row: its order, the length of its `_ts`, its `_ts`, its fields, four bytes each.
-local function describe(order, ts, fields)
-  return order .. string.char(#ts) .. ts .. fields
-end
 -- The order of what is stored, or longer bytes that begin with it; '' for nothing.
 local function present(own, ts)
   if not ts then return '' end
-  if own and string.byte(own, ORDER_BYTES + 1) == #ts and string.sub(own, ORDER_BYTES + 2, ORDER_BYTES + 1 + #ts) == ts
-  then return own end
+  if own and #own == ORDER_BYTES + #ts and string.sub(own, ORDER_BYTES + 1) == ts then return own end
   return stock_order(ts)
+end
+local function names(fields)
+  local list = {}
+  for at = 1, #fields, 4 do list[#list + 1] = string.sub(fields, at, at + 3) end
+  return list
+end
+local function remove(key, list)
+  for from = 1, #list, PIECE do
+    redis.call('HDEL', key, unpack(list, from, math.min(from + PIECE - 1, #list)))
+  end
 end
 local function set(key, pairs, count)
   for from = 1, count, PIECE do
     redis.call('HSET', key, unpack(pairs, from, math.min(from + PIECE - 1, count)))
   end
 end
--- Remove the fields that a row was written to and that are not among `fields` (all four bytes long, joined).
-local function remove_others(key, own, fields)
-  local had = string.sub(own, ORDER_BYTES + 2 + string.byte(own, ORDER_BYTES + 1))
-  if had == fields then return end
-  local keep = {}
-  for at = 1, #fields, 4 do keep[string.sub(fields, at, at + 3)] = true end
-  for at = 1, #had, 4 do
-    local field = string.sub(had, at, at + 3)
-    if not keep[field] then redis.call('HDEL', key, field) end
-  end
-end
-local function remove_row(key, own, ts_field, own_field, fields)
-  if own then remove_others(key, own, '') end
-  for at = 1, #fields, 4 do redis.call('HDEL', key, string.sub(fields, at, at + 3)) end
-  redis.call('HDEL', key, ts_field, own_field)
-end
 """.replace("ORDER_BYTES", str(ORDER_BYTES))
 
-# ARGV of all that follow: `_ts` field, `_hr` field, seconds to live (0 is for ever), the view's fields joined; then for
-# each of KEYS what the script says.
+# ARGV of all that follow: `_ts` field, `_hr` field, seconds to live (0 is for ever), the fields of the view's features
+# and of those that it has no more, four bytes each, joined; then for each of KEYS what the script says.
 
 # For each key its order, its `_ts`, its values. Returns how many were written.
 _WRITE = (
     _LIBRARY
     + """
-local ts_field, own_field, ttl, fields = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local features, pairs = #fields / 4, {ts_field, '', own_field, ''}
-for f = 1, features do pairs[3 + 2 * f] = string.sub(fields, 4 * f - 3, 4 * f) end
-local at, written = 5, 0
+local ts_field, own_field, ttl, fields, retired = ARGV[1], ARGV[2], tonumber(ARGV[3]), names(ARGV[4]), names(ARGV[5])
+local features, pairs = #fields, {ts_field, '', own_field, ''}
+for f = 1, features do pairs[3 + 2 * f] = fields[f] end
+local at, written = 6, 0
 for k = 1, #KEYS do
   local key, order, ts = KEYS[k], ARGV[at], ARGV[at + 1]
-  local stored = redis.call('HMGET', key, own_field, ts_field)
-  local own, has = stored[1], present(stored[1], stored[2])
+  local stored = redis.call('HMGET', key, ts_field, own_field)
+  local has = present(stored[2], stored[1])
   if has == '' or not older(order, has) then
-    pairs[2], pairs[4] = ts, describe(order, ts, fields)
+    pairs[2], pairs[4] = ts, order .. ts
     for f = 1, features do pairs[4 + 2 * f] = ARGV[at + 1 + f] end
     set(key, pairs, 4 + 2 * features)
-    if own then remove_others(key, own, fields) end
+    remove(key, retired)
     if ttl > 0 and (has == '' or older(has, order)) then redis.call('EXPIRE', key, ttl) end
     written = written + 1
   end
@@ -134,15 +124,16 @@ return written
 """
 )
 
-# Nothing more for each key. Returns the `_hr`, `_ts` and values of each key in turn.
+# Nothing more for each key. Returns the `_ts`, `_hr` and values of each key in turn.
 _READ = (
     _LIBRARY
     + """
-local names, fields, reply, count = {ARGV[2], ARGV[1]}, ARGV[4], {}, 0
-for at = 1, #fields, 4 do names[#names + 1] = string.sub(fields, at, at + 3) end
+local wanted, reply, count = names(ARGV[4]), {}, 0
+table.insert(wanted, 1, ARGV[1])
+table.insert(wanted, 2, ARGV[2])
 for k = 1, #KEYS do
-  for from = 1, #names, PIECE do
-    local found = redis.call('HMGET', KEYS[k], unpack(names, from, math.min(from + PIECE - 1, #names)))
+  for from = 1, #wanted, PIECE do
+    local found = redis.call('HMGET', KEYS[k], unpack(wanted, from, math.min(from + PIECE - 1, #wanted)))
     for i = 1, #found do reply[count + i] = found[i] end
     count = count + #found
   end
@@ -165,32 +156,30 @@ return holding
 _REPLACE = (
     _LIBRARY
     + """
-local ts_field, own_field, ttl, fields = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local features, done = #fields / 4, {}
-local function is_as_seen(key, own, ts, at)
-  if string.sub(present(own, ts), 1, ORDER_BYTES) ~= ARGV[at] then return false end
+local ts_field, own_field, ttl, fields, retired = ARGV[1], ARGV[2], tonumber(ARGV[3]), names(ARGV[4]), names(ARGV[5])
+local features, done = #fields, {}
+local function is_as_seen(key, at)
+  local stored = redis.call('HMGET', key, ts_field, own_field)
+  if string.sub(present(stored[2], stored[1]), 1, ORDER_BYTES) ~= ARGV[at] then return false end
   for f = 1, features do
-    local value = redis.call('HGET', key, string.sub(fields, 4 * f - 3, 4 * f))
-    if (value or '') ~= ARGV[at + f] then return false end
+    if (redis.call('HGET', key, fields[f]) or '') ~= ARGV[at + f] then return false end
   end
   return true
 end
-local at = 5
+local at = 6
 for k = 1, #KEYS do
   local key, order, ts = KEYS[k], ARGV[at + 1 + features], ARGV[at + 2 + features]
-  local stored = redis.call('HMGET', key, own_field, ts_field)
   done[k] = 0
-  if is_as_seen(key, stored[1], stored[2], at) then
+  if is_as_seen(key, at) then
     done[k] = 1
+    remove(key, retired)
     if order == '' then
-      remove_row(key, stored[1], ts_field, own_field, fields)
+      remove(key, fields)
+      remove(key, {ts_field, own_field})
     else
-      local pairs = {ts_field, ts, own_field, describe(order, ts, fields)}
-      for f = 1, features do
-        pairs[3 + 2 * f], pairs[4 + 2 * f] = string.sub(fields, 4 * f - 3, 4 * f), ARGV[at + 2 + features + f]
-      end
+      local pairs = {ts_field, ts, own_field, order .. ts}
+      for f = 1, features do pairs[3 + 2 * f], pairs[4 + 2 * f] = fields[f], ARGV[at + 2 + features + f] end
       set(key, pairs, 4 + 2 * features)
-      if stored[1] then remove_others(key, stored[1], fields) end
       if ttl > 0 then redis.call('EXPIRE', key, ttl) end
     end
   end
@@ -205,19 +194,22 @@ _REMOVE = (
     _LIBRARY
     + """
 for k = 1, #KEYS do
-  remove_row(KEYS[k], redis.call('HGET', KEYS[k], ARGV[2]), ARGV[1], ARGV[2], ARGV[4])
+  remove(KEYS[k], names(ARGV[4]))
+  remove(KEYS[k], names(ARGV[5]))
+  remove(KEYS[k], {ARGV[1], ARGV[2]})
 end
 return 0
 """
 )
 
-# Nothing more for each key. Removes the values of the fields given.
-_EMPTY = """
-for k = 1, #KEYS do
-  for at = 1, #ARGV[4], 4 do redis.call('HDEL', KEYS[k], string.sub(ARGV[4], at, at + 3)) end
-end
+# Nothing more for each key. Removes the values of the features.
+_EMPTY = (
+    _LIBRARY
+    + """
+for k = 1, #KEYS do remove(KEYS[k], names(ARGV[4])) end
 return 0
 """
+)
 
 # KEYS: the mark. ARGV: what was seen ('' is none), what to set. Returns 1 if it was set.
 _SWAP = """
@@ -281,7 +273,7 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         stride = 2 + len(features)
         for reply in self._run(config, view, _READ, features, _hashes(config, keys), width=stride):
             flat += reply
-        order = [_present(own, ts) for own, ts in zip(flat[0::stride], flat[1::stride], strict=True)]
+        order = [_present(ts, own) for ts, own in zip(flat[0::stride], flat[1::stride], strict=True)]
         values = {
             feature: [value or b"" for value in flat[2 + place :: stride]] for place, feature in enumerate(features)
         }
@@ -341,14 +333,12 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
             return
         client = self._get_client(config.online_store)
         for view in tables_to_keep:
-            key, types = _own_key("types", config, view), feature_types(view)
-            text = client.get(key)
-            known = types if text is None else json.loads(text)
-            changed = [name for name, kind in types.items() if known.get(name) != kind]
+            known, types = self._known_types(config, view), feature_types(view)
+            changed = [name for name, kind in types.items() if known and known.get(name) != kind]
             if changed:
                 for keys in self._scan(config, view):
                     list(self._run(config, view, _EMPTY, changed, keys))
-            client.set(key, _text(types))
+            client.set(_own_key("types", config, view), _text(dict.fromkeys(known) | types))
 
     def delete_table(self, config: RepoConfig, table: FeatureView) -> None:
         """Delete a view's values, orders and mark. Other fields of the same hashes stay."""
@@ -364,6 +354,11 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         for table in tables:
             self.delete_table(config, table)
         super().teardown(config, [], [])
+
+    def _known_types(self, config: RepoConfig, view: FeatureView) -> dict[str, str | None]:
+        """The type of every feature that the view has had, as last applied; None: it has it no more."""
+        text = self._get_client(config.online_store).get(_own_key("types", config, view))
+        return {} if text is None else json.loads(text)
 
     def _scan(self, config: RepoConfig, view: FeatureView) -> Iterator[list[bytes]]:
         """The hashes of the view's entities in this project, in chunks."""
@@ -399,12 +394,14 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
             width: how many values a key has in the reply.
         """
         name = _versioned_fv_name(view, config)
-        fields = b"".join(_mmh3(f"{name}:{feature}") for feature in features)
-        head = [f"_ts:{name}", f"_hr:{name}", config.online_store.key_ttl_seconds or 0, fields]
+        own = {feature.name for feature in view.features}
         client = self._get_client(config.online_store)
         is_cluster = config.online_store.redis_type == RedisType.redis_cluster
         call = _call_each if is_cluster else _call_chunk
         with _naming(config, view):
+            retired = [feature for feature in self._known_types(config, view) if feature not in own]
+            fields, others = (b"".join(_mmh3(f"{name}:{one}") for one in some) for some in (features, retired))
+            head = [f"_ts:{name}", f"_hr:{name}", config.online_store.key_ttl_seconds or 0, fields, others]
             for chunk in _chunks(len(keys), columns, 1 + max(len(columns), width)):
                 yield from call(client, script, head, keys[chunk], [column[chunk] for column in columns])
 
@@ -465,11 +462,11 @@ def _is_of_project(key: bytes, at: int, values: int, project: bytes) -> bool:
     return key[at:] == project
 
 
-def _present(own: bytes | None, ts: bytes | None) -> bytes | None:
+def _present(ts: bytes | None, own: bytes | None) -> bytes | None:
     """The order of what is stored; see the script's `present`."""
     if ts is None:
         return None
-    if own is not None and own[ORDER_BYTES] == len(ts) and own[ORDER_BYTES + 1 :].startswith(ts):
+    if own is not None and own[ORDER_BYTES:] == ts:
         return own[:ORDER_BYTES]
     time = Timestamp.FromString(ts)
     return stock_order(time.seconds * 1_000_000 + time.nanos // 1000)

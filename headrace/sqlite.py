@@ -1,8 +1,8 @@
 """Feast's SQLite online store, with newest-wins in transactions.
 
-The tables are Feast's own, so stock clients read them. One table beside each describes, per entity, the stored row: its
-order, the event time it was written with (where that differs from the one in Feast's table, a stock client wrote later,
-and its time counts), and which features it was written with.
+The tables are Feast's own, so stock clients read them. One table beside each holds, per entity, the stored row's
+order, and the event time it was written with; where that differs from the one in Feast's table, a stock client wrote
+later, and its time counts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,6 +178,10 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
         partial: bool,
     ) -> None:
         """Create what views need, empty the features that are new or of another type, and delete views."""
+        if not _is_searchable(config):
+            with self._transaction(config) as connection:
+                for view in tables_to_keep:
+                    _Table.of(config, view).create(connection)
         super().update(config, tables_to_delete, tables_to_keep, entities_to_delete, entities_to_keep, partial)
         with self._transaction(config) as connection:
             for view in tables_to_keep:
@@ -257,11 +260,19 @@ class _Table:
         name = _name(config, view)
         return cls(name, str(_quote_id(name)), str(_quote_id(f"{name}__headrace")))
 
+    def create(self, connection: sqlite3.Connection) -> None:
+        """Feast's table as Feast declares it, but for WITHOUT ROWID: one B-tree in place of two, rows by entity."""
+        connection.execute(
+            f"CREATE TABLE IF NOT EXISTS {self.values} (entity_key BLOB, feature_name TEXT, value BLOB, "
+            "value_text TEXT, vector_value BLOB, event_ts timestamp, created_ts timestamp, "
+            "PRIMARY KEY(entity_key, feature_name)) WITHOUT ROWID"
+        )
+
     def create_order(self, connection: sqlite3.Connection) -> None:
         """Each time, for views that a stock store applied, or another process made anew: it costs next to nothing."""
         connection.execute(
             f"CREATE TABLE IF NOT EXISTS {self.order} (entity_key BLOB PRIMARY KEY, ord BLOB NOT NULL, "
-            "event_ts INTEGER NOT NULL, features BLOB NOT NULL) WITHOUT ROWID"
+            "event_ts INTEGER NOT NULL) WITHOUT ROWID"
         )
 
     def orders(self, connection: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, bytes]:
@@ -308,13 +319,11 @@ class _Table:
         seconds = [_stock_seconds(rows.event_us[i]) for i in taken]
         created = [None if (us := rows.created_us[i]) is None else _stock_seconds(us) for i in taken]
         orders = [rows.order[i] for i in taken]
-        features = _digest(rows.values)
-        self._remove_others(connection, [key for key in keys if key in stored], rows.values)
+        self._remove_retired(connection, rows.values, [key for key in keys if key in stored])
         connection.executemany(
-            f"INSERT INTO {self.order} (entity_key, ord, event_ts, features) VALUES (?, ?, ?, ?) "
-            "ON CONFLICT (entity_key) DO UPDATE SET ord = excluded.ord, event_ts = excluded.event_ts, "
-            "features = excluded.features",
-            zip(keys, orders, seconds, [features] * len(keys), strict=True),
+            f"INSERT INTO {self.order} (entity_key, ord, event_ts) VALUES (?, ?, ?) "
+            "ON CONFLICT (entity_key) DO UPDATE SET ord = excluded.ord, event_ts = excluded.event_ts",
+            zip(keys, orders, seconds, strict=True),
         )
         connection.executemany(
             self._upsert(list(rows.values)),
@@ -326,16 +335,21 @@ class _Table:
         for table in (self.values, self.order):
             connection.executemany(f"DELETE FROM {table} WHERE entity_key = ?", ((key,) for key in keys))
 
-    def take_types(self, connection: sqlite3.Connection, types: Mapping[str, str]) -> None:
+    def take_types(self, connection: sqlite3.Connection, types: dict[str, str]) -> None:
         """Remember the types of the features; those that are new or other than remembered lose their values."""
-        row = connection.execute(f"SELECT types FROM {_TYPES} WHERE view = ?", (self.name,)).fetchone()
-        known = types if row is None else json.loads(row[0])
+        known = self._known_types(connection)
         for feature, kind in types.items():
-            if known.get(feature) != kind:
+            if known and known.get(feature) != kind:
                 connection.execute(
                     f"UPDATE {self.values} SET value = x'', value_text = NULL WHERE feature_name = ?", (feature,)
                 )
-        connection.execute(f"REPLACE INTO {_TYPES} (view, types) VALUES (?, ?)", (self.name, json.dumps(dict(types))))
+        text = json.dumps(dict.fromkeys(known) | types)
+        connection.execute(f"REPLACE INTO {_TYPES} (view, types) VALUES (?, ?)", (self.name, text))
+
+    def _known_types(self, connection: sqlite3.Connection) -> dict[str, str | None]:
+        """The type of every feature that the view has had, as last applied; None: it has it no more."""
+        row = connection.execute(f"SELECT types FROM {_TYPES} WHERE view = ?", (self.name,)).fetchone()
+        return {} if row is None else json.loads(row[0])
 
     def _upsert(self, features: Sequence[str]) -> str:
         """One statement for all features of an entity: its key, seconds, created seconds, values."""
@@ -346,20 +360,14 @@ class _Table:
             "event_ts = excluded.event_ts, created_ts = excluded.created_ts"
         )
 
-    def _remove_others(
-        self,
-        connection: sqlite3.Connection,
-        keys: Sequence[bytes],
-        features: Mapping[str, Any],
+    def _remove_retired(
+        self, connection: sqlite3.Connection, present: Mapping[str, Any], keys: Sequence[bytes]
     ) -> None:
-        """Remove, of keys whose row was written with other features, those that are not among these."""
-        names = ", ".join(_literal(name) for name in features)
-        for start in range(0, len(keys), _KEYS_A_QUERY):
-            chunk = keys[start : start + _KEYS_A_QUERY]
-            connection.execute(
-                f"DELETE FROM {self.values} WHERE entity_key IN ({','.join('?' * len(chunk))}) "
-                f"AND feature_name NOT IN ({names})",
-                chunk,
+        """Remove what these keys hold of features that the view has had and that are not present any more."""
+        for feature in self._known_types(connection).keys() - present.keys():
+            connection.executemany(
+                f"DELETE FROM {self.values} WHERE entity_key = ? AND feature_name = {_literal(feature)}",
+                ((key,) for key in keys),
             )
 
 
@@ -405,13 +413,14 @@ def _name(config: RepoConfig, view: FeatureView) -> str:
     return str(_table_id(config.project, view, config.registry.enable_online_feature_view_versioning))
 
 
+def _is_searchable(config: RepoConfig) -> bool:
+    """Whether Feast is to search in this store, which needs row ids and further columns."""
+    online = config.online_store
+    return bool(online.vector_enabled or online.text_search_enabled or online.enable_openai_compatible_store)
+
+
 def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-def _digest(features: Mapping[str, Any]) -> bytes:
-    """A short name for a set of features."""
-    return blake2b("\0".join(sorted(features)).encode(), digest_size=8).digest()
 
 
 def _stock_order(seconds: int) -> bytes:
