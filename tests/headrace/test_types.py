@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +46,8 @@ from hypothesis import strategies as st
 from headrace.contract import ViewContract
 from headrace.encode import encode_values
 from headrace.errors import ConfigError
-from tests.headrace.views import config, examples, rows, view
+from headrace.online import write_online
+from tests.headrace.views import applied, config, examples, rows, view
 
 EARLY, LATE = datetime(1, 1, 2), datetime(9999, 12, 30)  # noqa: DTZ001 - Hypothesis wants naive bounds
 Strategy = st.SearchStrategy[Any]
@@ -291,3 +293,60 @@ def test_a_type_that_feast_cannot_take_is_refused(tmp_path: Path, dtype: FeastTy
 def test_a_key_of_another_type_is_refused(tmp_path: Path, kind: ValueType) -> None:
     with pytest.raises(ConfigError, match=r"`id` is a join key of type"):
         ViewContract.from_feast(view(keys={"id": kind})[1], config(tmp_path))
+
+
+SPECIAL: dict[FeastType, Any] = {
+    Bool: False,
+    Int32: -(2**31),
+    Int64: 2**53 + 1,
+    Float32: -0.0,
+    Float64: math.inf,
+    String: "",
+    Bytes: b"\xff\x00",
+    UnixTimestamp: datetime(1969, 12, 31, 23, 59, 58, 500_000, tzinfo=UTC),
+    Uuid: str(uuid.UUID(int=2**128 - 1)),
+    TimeUuid: str(uuid.uuid1()),
+    Decimal: "-1E-30",
+    Json: '[1, {"é": null}]',
+    PdfBytes: b"%PDF",
+    ImageBytes: b"\x89PNG",
+    Map: '{"a": {"b": [1, 2]}, "": "💧", "c": null, "d": [{"e": 1.5}]}',
+    Array(Map): '[{"a": 1}, {}]',
+}
+
+
+def special(dtype: FeastType) -> Any:
+    """Another value of each type, at the edge of what it holds."""
+    if isinstance(dtype, Struct):
+        return {"n": -1, "x": -math.inf, "t": "", "at": None, "l": [2**53 + 1, 2], "s": None}
+    if dtype in SPECIAL:
+        return SPECIAL[dtype]
+    assert isinstance(dtype, Array | Set)
+    return [special(dtype.base_type), full(dtype.base_type)]
+
+
+def test_a_client_is_served_what_stock_feast_serves(tmp_path: Path) -> None:
+    fields = [Field(name=name, dtype=dtype) for name, (dtype, _) in TYPES.items()]
+    stock, _ = applied(tmp_path / "stock", {"type": "sqlite", "path": "data/online.db"}, view(features=fields))
+    ours, (contract,) = applied(tmp_path / "ours", None, view(features=fields))
+    columnar, _ = applied(tmp_path / "columnar", None, view(features=fields))
+    # No null beside 2**53 + 1: pandas would make a float of it before Feast sees it.
+    for first, make_values in ((0, (full, special)), (2, (full, lambda _: None))):
+        table = rows(contract, [{"id": first + index, "at": index, "made": 0} for index in range(2)])
+        for place, field in enumerate(contract.schema):
+            if field.name in TYPES:
+                values = [value(TYPES[field.name][0]) for value in make_values]
+                table = table.set_column(place, field.name, pa.array(values, field.type))
+        stock.write_to_online_store("stats", table.to_pandas())
+        ours.write_to_online_store("stats", table.to_pandas())
+        assert write_online(columnar, contract, table) == 2
+    asked: dict[str, Any] = {
+        "features": [f"stats:{name}" for name in TYPES],
+        "entity_rows": [{"id": index} for index in range(4)],
+    }
+    expected = stock.get_online_features(**asked).to_dict()
+    for store in (ours, columnar):
+        served = store.get_online_features(**asked).to_dict()
+        for name in TYPES:
+            assert served[name] == expected[name], name
+            assert list(map(type, served[name])) == list(map(type, expected[name])), name
