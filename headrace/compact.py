@@ -10,7 +10,7 @@ import bisect
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ def lift_segment(folder: Folder, name: SegmentName) -> bool:
     Returns:
         False when the name is taken or void: somebody else extended the level.
     """
-    target = replace(name, level=name.level + 1)
+    target = name._replace(level=name.level + 1)
     if not lift(folder.path_of(name), folder.path_of(target)):
         return False
     return stays(folder, target, "lift")
@@ -264,7 +264,7 @@ def _go_up(folder: Folder, run: list[_Source], work: _Work, progress: Progress |
         work.linked += is_up
         return is_up
     rows = sum(source.rows for source in run)
-    name = replace(run[0].name, level=run[0].name.level + 1)
+    name = run[0].name._replace(level=run[0].name.level + 1)
 
     def chunks() -> Iterator[pa.Table]:
         done = 0

@@ -7,7 +7,7 @@ replaced by an empty snapshot. Both record the horizon. What they cover is remov
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 
 import pyarrow.parquet as pq
@@ -161,13 +161,13 @@ def _are_up(folder: Folder, names: list[SegmentName]) -> bool:
     """Bring the files to level 2, from which level 3 is fed, by links: to merge what goes would be wasted."""
     for name in names:
         for level in range(name.level, _MERGED):
-            if not lift_segment(folder, replace(name, level=level)):
+            if not lift_segment(folder, name._replace(level=level)):
                 return False
     return True
 
 
 def _extended(contract: ViewContract, folder: Folder, old: _Old, bound_us: int) -> bool:
-    footers = [read_footer(folder.path_of(replace(name, level=_MERGED))) for name in old.names]
+    footers = [read_footer(folder.path_of(name._replace(level=_MERGED))) for name in old.names]
     note = Footer(
         next=old.next,
         rejected=sum(f.rejected for f in footers),
@@ -178,7 +178,7 @@ def _extended(contract: ViewContract, folder: Folder, old: _Old, bound_us: int) 
         mark=RETAINED,
         extra={"horizon_us": bound_us, "rows": old.rows},
     )
-    name = replace(old.names[0], level=_RETAINED)
+    name = old.names[0]._replace(level=_RETAINED)
     is_new = create(folder.path_of(name), contract.schema.empty_table(), note, operation="retain")
     return is_new and stays(folder, name, "retain")
 

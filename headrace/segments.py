@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,9 +52,8 @@ _TRIES = 10
 Offsets = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, order=True)
-class SegmentName:
-    """The name of a segment of a chain."""
+class SegmentName(NamedTuple):
+    """The name of a segment of a chain. A tuple, because a folder may hold a hundred thousand."""
 
     chain: str
     level: int
@@ -64,8 +63,7 @@ class SegmentName:
         return f"{self.chain}-{self.level}-{self.first:020d}{SUFFIX}"
 
 
-@dataclass(frozen=True, order=True)
-class DayName:
+class DayName(NamedTuple):
     """The name of one snapshot of an ETL day. `snapshot` is in microseconds since the epoch."""
 
     day: date
