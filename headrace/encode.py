@@ -163,7 +163,8 @@ def _with_hashes(tails: Tails, values: Mapping[str, pa.Array]) -> Tails:
     """The tails, those of kind 0 with their hashes.
 
     Hashed is the concatenation of the serialized values, a zero byte for null: each is one field of a message, so it
-    tells where it ends. The hash is SipHash-2-4 under two fixed keys, little-endian.
+    tells where it ends. The hash is twice 64 bits, little-endian, of `pandas.util.hash_array` under two fixed keys:
+    SipHash-2-4, mixed by the finalizer of SplitMix64. It is public, fast on columns, and no secret is needed here.
     """
     plain = np.flatnonzero(tails[:, 0] != _KIND_STREAM)
     if not len(plain):
