@@ -35,7 +35,7 @@ from headrace.scan import connection, newest
 from headrace.segments import parse_stream_chain
 
 EXAMPLES = 5
-_KEYS_A_READ = 10_000
+KEYS_A_READ = 10_000
 
 
 class Kind(StrEnum):
@@ -168,7 +168,7 @@ class Cut:
             for keys in self._target.stored_keys(self._store.config, self._contract.feature_view):
                 _insert(known, keys, is_offline=False)
             alone = known.execute("SELECT key FROM keys GROUP BY key HAVING NOT bool_or(is_offline)")
-            while keys := [key for (key,) in alone.fetchmany(_KEYS_A_READ)]:
+            while keys := [key for (key,) in alone.fetchmany(KEYS_A_READ)]:
                 stored = self._read(keys)
                 there = np.array([i for i, order in enumerate(stored.order) if order is not None], dtype=np.int64)
                 stored = stored.take(there)
