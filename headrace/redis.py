@@ -40,10 +40,14 @@ _KEYS_A_SCAN = 2_000
 # What scripts share. Lua compares strings by the server's locale, so orders are compared byte by byte; `unpack` takes
 # fewer than 8,000 items, so wide rows go in pieces (within a script, which is atomic).
 _LIBRARY = """
-local PIECE = 6000
+local call, sub, byte, unpack_numbers, PIECE = redis.call, string.sub, string.byte, struct.unpack, 6000
 local function older(a, b)
-  for i = 1, ORDER_BYTES do
-    local x, y = string.byte(a, i), string.byte(b, i)
+  local a1, a2 = unpack_numbers('>I4I4', a)  -- the event time decides most
+  local b1, b2 = unpack_numbers('>I4I4', b)
+  if a1 ~= b1 then return a1 < b1 end
+  if a2 ~= b2 then return a2 < b2 end
+  for i = 9, ORDER_BYTES do
+    local x, y = byte(a, i), byte(b, i)
     if x ~= y then return x < y end
   end
   return false
@@ -52,16 +56,16 @@ end
 local function varint(s, at)
   local low, rest = 0, 0
   for place = 0, 9 do
-    local byte = string.byte(s, at + place)
-    if place < 4 then low = low + byte % 128 * 128 ^ place else rest = rest + byte % 128 * 128 ^ (place - 4) end
-    if byte < 128 then return low, rest, at + place + 1 end
+    local bits = byte(s, at + place)
+    if place < 4 then low = low + bits % 128 * 128 ^ place else rest = rest + bits % 128 * 128 ^ (place - 4) end
+    if bits < 128 then return low, rest, at + place + 1 end
   end
 end
 -- The order of a row of which only its protobuf Timestamp is known: no created time, the lowest of its microsecond.
 local function stock_order(ts)
   local seconds, nanos, at = 0, 0, 1
   while at <= #ts do
-    local tag = string.byte(ts, at)
+    local tag = byte(ts, at)
     local low, rest
     low, rest, at = varint(ts, at + 1)
     if rest >= 2 ^ 35 then rest = rest - 2 ^ 36 end
@@ -75,22 +79,22 @@ end
 -- The order of what is stored, or longer bytes that begin with it; '' for nothing.
 local function present(own, ts)
   if not ts then return '' end
-  if own and #own == ORDER_BYTES + #ts and string.sub(own, ORDER_BYTES + 1) == ts then return own end
+  if own and #own == ORDER_BYTES + #ts and sub(own, ORDER_BYTES + 1) == ts then return own end
   return stock_order(ts)
 end
 local function names(fields)
   local list = {}
-  for at = 1, #fields, 4 do list[#list + 1] = string.sub(fields, at, at + 3) end
+  for at = 1, #fields, 4 do list[#list + 1] = sub(fields, at, at + 3) end
   return list
 end
 local function remove(key, list)
   for from = 1, #list, PIECE do
-    redis.call('HDEL', key, unpack(list, from, math.min(from + PIECE - 1, #list)))
+    call('HDEL', key, unpack(list, from, math.min(from + PIECE - 1, #list)))
   end
 end
 local function set(key, pairs, count)
   for from = 1, count, PIECE do
-    redis.call('HSET', key, unpack(pairs, from, math.min(from + PIECE - 1, count)))
+    call('HSET', key, unpack(pairs, from, math.min(from + PIECE - 1, count)))
   end
 end
 """.replace("ORDER_BYTES", str(ORDER_BYTES))
@@ -108,14 +112,14 @@ for f = 1, features do pairs[3 + 2 * f] = fields[f] end
 local at, written = 6, 0
 for k = 1, #KEYS do
   local key, order, ts = KEYS[k], ARGV[at], ARGV[at + 1]
-  local stored = redis.call('HMGET', key, ts_field, own_field)
+  local stored = call('HMGET', key, ts_field, own_field)
   local has = present(stored[2], stored[1])
   if has == '' or not older(order, has) then
     pairs[2], pairs[4] = ts, order .. ts
     for f = 1, features do pairs[4 + 2 * f] = ARGV[at + 1 + f] end
     set(key, pairs, 4 + 2 * features)
     remove(key, retired)
-    if ttl > 0 and (has == '' or older(has, order)) then redis.call('EXPIRE', key, ttl) end
+    if ttl > 0 and (has == '' or older(has, order)) then call('EXPIRE', key, ttl) end
     written = written + 1
   end
   at = at + 2 + features
@@ -133,7 +137,7 @@ table.insert(wanted, 1, ARGV[1])
 table.insert(wanted, 2, ARGV[2])
 for k = 1, #KEYS do
   for from = 1, #wanted, PIECE do
-    local found = redis.call('HMGET', KEYS[k], unpack(wanted, from, math.min(from + PIECE - 1, #wanted)))
+    local found = call('HMGET', KEYS[k], unpack(wanted, from, math.min(from + PIECE - 1, #wanted)))
     for i = 1, #found do reply[count + i] = found[i] end
     count = count + #found
   end
@@ -159,10 +163,10 @@ _REPLACE = (
 local ts_field, own_field, ttl, fields, retired = ARGV[1], ARGV[2], tonumber(ARGV[3]), names(ARGV[4]), names(ARGV[5])
 local features, done = #fields, {}
 local function is_as_seen(key, at)
-  local stored = redis.call('HMGET', key, ts_field, own_field)
-  if string.sub(present(stored[2], stored[1]), 1, ORDER_BYTES) ~= ARGV[at] then return false end
+  local stored = call('HMGET', key, ts_field, own_field)
+  if sub(present(stored[2], stored[1]), 1, ORDER_BYTES) ~= ARGV[at] then return false end
   for f = 1, features do
-    if (redis.call('HGET', key, fields[f]) or '') ~= ARGV[at + f] then return false end
+    if (call('HGET', key, fields[f]) or '') ~= ARGV[at + f] then return false end
   end
   return true
 end
@@ -180,7 +184,7 @@ for k = 1, #KEYS do
       local pairs = {ts_field, ts, own_field, order .. ts}
       for f = 1, features do pairs[3 + 2 * f], pairs[4 + 2 * f] = fields[f], ARGV[at + 2 + features + f] end
       set(key, pairs, 4 + 2 * features)
-      if ttl > 0 then redis.call('EXPIRE', key, ttl) end
+      if ttl > 0 then call('EXPIRE', key, ttl) end
     end
   end
   at = at + 3 + 2 * features

@@ -31,6 +31,7 @@ _LOCK_TIMEOUT_S = 30.0
 _LOCK_POLL_S = 0.002
 _KEYS_A_QUERY = 500
 _KEYS_A_PAGE = 10_000
+_CACHE_KIB = 65_536
 _VALUES_A_TRANSACTION = 100_000
 _MARKS = "headrace_marks"
 _TYPES = "headrace_types"
@@ -223,6 +224,7 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 _configure(connection)
+                connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
                 connection.execute(f"CREATE TABLE IF NOT EXISTS {_MARKS} (view TEXT PRIMARY KEY, mark TEXT NOT NULL)")
                 connection.execute(f"CREATE TABLE IF NOT EXISTS {_TYPES} (view TEXT PRIMARY KEY, types TEXT NOT NULL)")
                 self._writer = connection
