@@ -16,7 +16,7 @@ PYTHON := $(BIN)/python
 export PYTHONUNBUFFERED := 1
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## build .venv from requirements.lock (done by every other target as needed)
 
@@ -61,6 +61,9 @@ test: setup ## all tests, on real servers (options: make test ARGS="-k ledger")
 campaign: setup ## 200,000 events through a real Kafka, once in peace and once with ten kill -9 (about three minutes)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_KILLS=10 HEADRACE_TEST_EVENTS=200000 \
 	    $(PYTHON) -m pytest -s tests/streaming/test_kafka.py -k "every_event or kill_9" $(ARGS)
+
+campaign-stores: setup ## the property tests and crash mixes of the stores with 2,000 examples each (about an hour)
+	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_EXAMPLES=2000 $(PYTHON) -m pytest --timeout 7200 tests/headrace $(ARGS)
 
 demo: setup ## the whole path once: broker, database, worker, batch chain, then a table that says whether all agrees
 	@$(PYTHON) -m demo.run
