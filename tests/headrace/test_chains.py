@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
+import resource
 import subprocess
-import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import headrace
+from headrace import faults
 from headrace.chains import (
     Chain,
     Folder,
@@ -29,7 +32,7 @@ from headrace.chains import (
     replace_day,
 )
 from headrace.contract import ViewContract
-from headrace.errors import ChainClosedError, LedgerError, LostRaceError
+from headrace.errors import ChainClosedError, ConfigError, LedgerError, LostRaceError
 from headrace.segments import (
     DayName,
     Footer,
@@ -261,11 +264,54 @@ def test_the_content_hash_is_of_values_in_order(contract: ViewContract) -> None:
     assert content_hash(table) != content_hash(rows(contract, [{"id": 1}, {"id": 2}, {"id": 3}]))
 
 
-def test_files_of_others_are_left_alone(contract: ViewContract) -> None:
+def test_files_of_others_are_history_too(contract: ViewContract) -> None:
     push(contract, some(contract, 1))
-    (contract.directory / "notes.parquet").write_bytes(b"not parquet at all")
+    below = contract.directory / "2025" / "old.parquet"
+    below.mkdir(parents=True)
+    for path, number in ((contract.directory / "mine.parquet", 2), (below / "part-0.parquet", 3)):
+        pq.write_table(some(contract, number), path)
+    hidden = contract.directory / "_temporary"
+    hidden.mkdir()
+    for path in (hidden / "x.parquet", contract.directory / "_x.parquet", contract.directory / ".x.parquet"):
+        pq.write_table(some(contract, 9), path)
     (contract.directory / "README").write_text("mine")
-    assert len(headrace.files(contract)) == 1
+    assert [name.chain for name in Folder.of(contract).names() if isinstance(name, SegmentName)] == ["push"]
+    assert ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist() == [1, 3, 2]
+
+
+def test_files_of_others_that_cannot_be_read_are_named_once_and_left_out(
+    contract: ViewContract, caplog: pytest.LogCaptureFixture
+) -> None:
+    push(contract, some(contract, 1))
+    garbled, lacking = contract.directory / "notes.parquet", contract.directory / "other.parquet"
+    garbled.write_bytes(b"not parquet at all")
+    pq.write_table(some(contract, 2).drop_columns(["at"]), lacking)
+    for _ in range(2):
+        assert len(headrace.files(contract)) == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert f"{garbled} is left out: it is not readable Parquet" in caplog.text
+    assert f"{lacking} is left out: it lacks at, it has id, value, count, made" in caplog.text
+    pq.write_table(some(contract, 2), lacking)
+    assert len(headrace.files(contract)) == 2
+
+
+def test_a_view_whose_path_is_one_file_is_read_and_not_appended_to(contract: ViewContract) -> None:
+    contract.directory.parent.mkdir(exist_ok=True)
+    pq.write_table(some(contract, 1), contract.directory)
+    assert headrace.files(contract) == [contract.directory]
+    assert StreamLedger(contract, "events", 0).end().end == 0
+    for write in (
+        lambda: push(contract, some(contract, 2)),
+        lambda: replace_day(contract, DAY, some(contract, 2)),
+        lambda: StreamLedger(contract, "events", 0).append(0, 0, 1, None, accepted=offsets()),
+    ):
+        with pytest.raises(ConfigError, match="make a folder of that name and move the file into it"):
+            write()
+    moved = contract.directory.rename(contract.directory.with_name("moved.parquet"))
+    contract.directory.mkdir()
+    moved.rename(contract.directory / "moved.parquet")
+    push(contract, some(contract, 2))
+    assert ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist() == [2, 1]
 
 
 def test_a_truncated_segment_is_named(contract: ViewContract) -> None:
@@ -276,31 +322,120 @@ def test_a_truncated_segment_is_named(contract: ViewContract) -> None:
         headrace.files(contract)
 
 
-CRASHER = """
-import sys
-from pathlib import Path
-from tests.headrace.test_chains import *
-contract = ViewContract.from_feast(view()[1], config(Path(sys.argv[1])))
-number = Folder(contract.directory).chain("push").end
-print("ready", flush=True)
-while True:
-    push(contract, some(contract, number))
-    number += 1
-"""
+def test_a_truncated_file_is_fatal_only_where_it_is_needed(contract: ViewContract) -> None:
+    ledger = StreamLedger(contract, "events", 0)
+    for number in range(4):
+        ledger.append(0, number, number + 1, some(contract, number), accepted=offsets(number))
+    folder = Folder.of(contract)
+    merged = folder.path_of(SegmentName("stream-events-0-0", 1, 0))
+    create(merged, some(contract, 0, 1), Footer(next=2, append=new_append_id()), offsets(0, 1))
+    paths = [folder.path_of(SegmentName("stream-events-0-0", 0, n)) for n in range(4)]
+    paths[1].write_bytes(b"")  # covered: nobody reads it
+    assert ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist() == [0, 1, 2, 3]
+    paths[2].write_bytes(b"")  # a reader needs it; the end does not hang on it
+    with pytest.raises(LedgerError, match=paths[2].name):
+        headrace.files(contract)
+    assert StreamLedger(contract, "events", 0).end().end == 4
+    ledger.append(0, 4, 5, some(contract, 4), accepted=offsets(4))
+    folder.path_of(SegmentName("stream-events-0-0", 0, 4)).write_bytes(b"")
+    with pytest.raises(LedgerError, match=r"0{19}4\.parquet"):
+        StreamLedger(contract, "events", 0).end()
+    with pytest.raises(LedgerError, match=r"0{19}4\.parquet"):
+        StreamLedger(contract, "events", 0).append(0, 4, 5, None, accepted=offsets())
+    StreamLedger(contract, "events", 1).append(0, 0, 1, None, accepted=offsets())  # another partition goes on
 
 
-def test_kill_minus_nine_leaves_whole_segments(contract: ViewContract, tmp_path: Path) -> None:
-    random = np.random.default_rng(7)
-    for _ in range(4):
-        with subprocess.Popen(
-            [sys.executable, "-c", CRASHER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            try:
-                process.wait(timeout=0.2 + random.random() * 0.2)
-            except subprocess.TimeoutExpired:
-                os.kill(process.pid, signal.SIGKILL)
-    found = ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist()
-    assert sorted(found) == list(range(len(found)))
-    assert len(found) > 20
+@contextlib.contextmanager
+def little_space(folder: Path, size: int) -> Iterator[None]:
+    """A file system with little space where that may be mounted, else a limit to the size of a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() == 0 and subprocess.run(mount, check=False).returncode == 0:
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+        return
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_nothing_of_an_append(contract: ViewContract) -> None:
+    random = np.random.default_rng(1)
+    noise = pa.chunked_array([random.integers(0, 2**60, 160_000)])
+    table = some(contract, *([1] * 160_000)).set_column(0, contract.schema.field(0), noise)
+    with little_space(contract.directory, 1 << 20):
+        ledger = StreamLedger(contract, "events", 0)
+        ledger.append(0, 0, 1, some(contract, 1), accepted=offsets(0))
+        before = sorted(os.listdir(contract.directory))
+        for write in (
+            lambda: ledger.append(0, 1, 160_001, table, accepted=np.arange(1, 160_001)),
+            lambda: push(contract, table),
+            lambda: replace_day(contract, DAY, table),
+        ):
+            with pytest.raises(OSError, match=r"No space left|File too large"):
+                write()
+            assert sorted(os.listdir(contract.directory)) == before
+        ledger.append(0, 1, 2, some(contract, 2), accepted=offsets(1))
+        assert ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist() == [1, 2]
+
+
+def test_a_folder_that_turns_read_only_is_read_and_not_harmed() -> None:
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o755)
+        contract = ViewContract.from_feast(view()[1], config(Path(home)))
+        ledger = StreamLedger(contract, "events", 0)
+        ledger.append(0, 0, 1, some(contract, 1), accepted=offsets(0))
+        contract.directory.chmod(0o555)
+        user = os.geteuid()
+        try:
+            if user == 0:
+                os.seteuid(65_534)  # root may write whatever the mode says
+            for write in (
+                lambda: ledger.append(0, 1, 2, some(contract, 2), accepted=offsets(1)),
+                lambda: push(contract, some(contract, 2)),
+                lambda: replace_day(contract, DAY, some(contract, 2)),
+            ):
+                with pytest.raises(PermissionError, match="Permission denied"):
+                    write()
+            assert ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist() == [1]
+        finally:
+            os.seteuid(user)
+            contract.directory.chmod(0o755)
+        ledger.append(0, 1, 2, some(contract, 2), accepted=offsets(1))
+        assert ledger.end().end == 2
+
+
+def test_an_append_whose_file_was_taken_for_a_dead_ones_is_written_again(
+    contract: ViewContract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stolen: list[str] = []
+
+    def steal(step: str) -> None:
+        if step == "append.2.temporary-fsynced" and not stolen:
+            (path,) = contract.directory.glob(".*.tmp")
+            path.unlink()
+            stolen.append(path.name)
+
+    monkeypatch.setattr(faults, "hook", steal)
+    push(contract, some(contract, 1))
+    assert stolen
+    assert ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist() == [1]
+
+
+def test_the_end_needs_no_more_than_the_last_file_of_each_level(contract: ViewContract) -> None:
+    ledger = StreamLedger(contract, "events", 0)
+    for number in range(6):
+        ledger.append(0, number, number + 1, some(contract, number), accepted=offsets(number), topic_id=f"t{number}")
+    folder = Folder.of(contract)
+    chain = folder.chain("stream-events-0-0")
+    tip = folder.tip("stream-events-0-0")
+    assert (tip.end, tip.last) == (chain.end, chain.valid[-1]) == (6, SegmentName("stream-events-0-0", 0, 5))
+    StreamLedger(contract, "events-0", 5).append(0, 0, 70, None, accepted=offsets())  # a name that begins alike
+    (contract.directory / "stream-events-0-0-0-0000000000000000000x.parquet").write_bytes(b"")
+    assert folder.tip("stream-events-0-0") == tip
+    assert (ledger.end().end, ledger.end().topic_id) == (6, "t5")

@@ -37,6 +37,8 @@ from headrace.segments import (
 from tests.headrace.crashes import Scenario, explore, forked, in_clean_process
 from tests.headrace.views import EPOCH_US, config, examples, rows, view
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
 CHAIN = "stream-events-0-0"
 DAY = date(2026, 1, 31)
 
@@ -209,10 +211,11 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     yield found
     lines = [(name, len(one["points"]), one["runs"], len(one["losses"])) for name, one in found.items()]
     lines.append(("all", len({p for one in found.values() for p in one["points"]}), *np.sum([x[2:] for x in lines], 0)))
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    reporter.write_line("\n" + f"{'killed in':<28}{'points':>8}{'runs':>8}{'losses':>8}")
-    for line in lines:
-        reporter.write_line("{:<28}{:>8}{:>8}{:>8}".format(*line))
+    plugins = request.config.pluginmanager
+    reporter = plugins.getplugin("terminalreporter")
+    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
+        for line in [("killed in", "points", "runs", "losses"), *lines]:
+            reporter.write_line("{:<28}{:>8}{:>8}{:>8}".format(*line))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
