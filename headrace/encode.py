@@ -93,8 +93,7 @@ def encode(contract: ViewContract, table: pa.Table, tails: Tails | None = None) 
     """
     event, _ = _times(contract, table, contract.timestamp_field)
     created, has_created = _times(contract, table, contract.created_field)
-    keys = _keys(contract, table)
-    rows, tied = _candidates(_key_codes(contract, table, keys), event, created, has_created)
+    rows, tied = _candidates(_key_codes(contract, table), event, created, has_created)
     if len(rows) < table.num_rows:
         table = table.take(pa.array(rows))
         tails = None if tails is None else tails[rows]
@@ -234,15 +233,19 @@ def _candidates(codes: Int64s | None, event: Int64s, created: Int64s, has_create
     return np.sort(by[ties]), bool(ties.sum() > last.sum())
 
 
-def _key_codes(contract: ViewContract, table: pa.Table, keys: pa.Array) -> Int64s | None:
+def _key_codes(contract: ViewContract, table: pa.Table) -> Int64s | None:
     """A number for each row, equal where the keys are; None where no two are."""
-    column = _array(table, contract.join_keys[0]) if len(contract.join_keys) == 1 else keys
-    numbers = _key_numbers(column)
-    if numbers is not None:
-        ascending = np.sort(numbers)
-        return numbers if (ascending[1:] == ascending[:-1]).any() else None
-    encoded = keys.dictionary_encode()
-    return None if len(encoded.dictionary) == len(keys) else encoded.indices.to_numpy().astype(np.int64)
+    numbers = None
+    if len(contract.join_keys) == 1:
+        column = _array(table, contract.join_keys[0])
+        _refuse_nulls(contract, column, contract.join_keys[0])
+        numbers = _key_numbers(column)
+    if numbers is None:
+        encoded = _keys(contract, table).dictionary_encode()
+        numbers = encoded.indices.to_numpy().astype(np.int64)
+        return None if len(encoded.dictionary) == table.num_rows else numbers
+    ascending = np.sort(numbers)
+    return numbers if (ascending[1:] == ascending[:-1]).any() else None
 
 
 def _times(contract: ViewContract, table: pa.Table, name: str | None) -> tuple[Int64s, Masks]:

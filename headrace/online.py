@@ -10,7 +10,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from feast import FeatureStore, FeatureView, RepoConfig
+from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey as EntityKeyProto
 from feast.protos.feast.types.Value_pb2 import Value as ValueProto
@@ -18,6 +20,7 @@ from feast.utils import _convert_arrow_to_proto
 
 from headrace.contract import ViewContract
 from headrace.encode import EncodedRows, Int64s, Origin, Tails, encode, hash_tails, newest, order_keys, stream_tails
+from headrace.values import canonical
 
 FeastRow = tuple[EntityKeyProto, dict[str, ValueProto], datetime, datetime | None]
 """A row as Feast hands it to `OnlineStore.online_write_batch`."""
@@ -142,7 +145,7 @@ def server_ids(store: FeatureStore) -> tuple[str, ...]:
 def encode_feast_rows(config: RepoConfig, view: FeatureView, data: Sequence[FeastRow]) -> EncodedRows:
     """Rows of Feast's own interface, encoded; the newest of each key. Naive times are UTC, as Feast means them."""
     names = [feature.name for feature in view.features]
-    values = {name: [row[1][name].SerializeToString() if name in row[1] else b"" for row in data] for name in names}
+    values = {name: [canonical(row[1][name]) if name in row[1] else b"" for row in data] for name in names}
     event = np.array([_microseconds(row[2]) for row in data], dtype=np.int64)
     created = [None if pd.isnull(row[3]) else _microseconds(row[3]) for row in data]
     order = order_keys(
@@ -175,14 +178,19 @@ def feature_types(view: FeatureView) -> dict[str, str]:
 
 
 def _write_generic(store: FeatureStore, contract: ViewContract, table: pa.Table) -> int:
+    """The newest row of each key by event and created time through Feast's own write, columns by the view's names."""
     view = contract.feature_view
     keys = {field.name: field.dtype.to_value_type() for field in view.entity_columns}
-    times = [name for name in (contract.timestamp_field, contract.created_field) if name is not None]
-    ordered = table.sort_by([(name, "ascending") for name in times]).combine_chunks()
+    times = [(name, "ascending") for name in (contract.timestamp_field, contract.created_field) if name is not None]
+    ordered = table.take(pc.sort_indices(table, sort_keys=times, null_placement="at_start"))  # absent created is lowest
+    ordered = ordered.rename_columns([contract.view_name(name) for name in ordered.schema.names])
+    if not contract.join_keys:
+        ordered = ordered.append_column(DUMMY_ENTITY_ID, pa.array([DUMMY_ENTITY_VAL] * len(ordered), pa.string()))
     latest: dict[bytes, FeastRow] = {}
-    for key, values, event, created in _convert_arrow_to_proto(ordered, view, keys):
-        known = None if pd.isnull(created) else created  # stock SQLite cannot store NaT
-        latest[key.SerializeToString(deterministic=True)] = (key, values, event, known)
+    for batch in ordered.combine_chunks().to_batches():  # given a table, Feast would convert its first batch only
+        for key, values, event, created in _convert_arrow_to_proto(batch, view, keys):
+            known = None if pd.isnull(created) else created  # stock SQLite cannot store NaT
+            latest[key.SerializeToString(deterministic=True)] = (key, values, event, known)
     store._get_provider().online_write_batch(store.config, view, list(latest.values()), None)
     return len(latest)
 

@@ -81,6 +81,20 @@ def serialize(dtype: FeastType, column: pa.Array) -> pa.Array:
     return prefixed(_tag(field, _LEN), column.cast(pa.binary()).cast(BINARY))
 
 
+def canonical(value: ValueProto) -> bytes:
+    """The bytes of a message that Feast made, as `serialize` has them: sets ascending, each item once, maps by key."""
+    kind = value.WhichOneof("val")
+    if kind is not None and kind in _SETS:
+        items = sorted(set(getattr(value, kind).val), key=lambda item: (item != item, item))  # noqa: PLR0124 - NaN is last
+        numbers = [item for item in items if item == item]  # noqa: PLR0124
+        value = ValueProto(**{kind: type(getattr(value, kind))(val=[*numbers, *items[len(numbers) :][:1]])})
+    return value.SerializeToString(deterministic=True)
+
+
+_SETS = frozenset(name for kind, name in VALUE_TYPE_TO_PROTO_VALUE_MAP.items() if kind.name.endswith("_SET"))
+_SETS -= {"set_val"}  # a set of lists, which Feast keeps as a list
+
+
 def fixed(prefix: bytes, numbers: npt.NDArray[Any]) -> pa.Array:
     """`prefix` and the little-endian bytes of each number."""
     raw = np.ascontiguousarray(numbers, dtype=numbers.dtype.newbyteorder("<")).view(np.uint8)
