@@ -39,6 +39,7 @@ DEFAULT_MEMORY_LIMIT = "50%"
 AS_OF = "__as_of"
 """The entities' time."""
 
+_MAX_FILTER_BITS = 26
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -240,6 +241,7 @@ class History:
     ) -> None:
         self._con = con
         self._contract = contract
+        self._filters = 0
         self._types = [str(kind) for kind in con.from_arrow(contract.schema.empty_table()).types]
         places = [(_stream_of(contract, path), path) for path in files if _may_hold(contract, path, window)]
         self._places = sorted(places, key=lambda place: place[0] or ())
@@ -268,13 +270,17 @@ class History:
         if keys is not None:
             self._con.register("wanted", keys.select(self._contract.join_keys).rename_columns(self._keys))
         self._execute(
+            f"""CREATE TEMP TABLE latest AS
+            SELECT {same}, max({self.time}) AS {self.time}
+            FROM history {"" if keys is None else f"SEMI JOIN wanted USING ({same})"}
+            WHERE {_present(self._keys)} AND {window.condition(self.time)} GROUP BY ALL"""
+        )
+        likely = self._likely("latest", [*self._keys, self.time])
+        self._execute(
             f"""CREATE TEMP TABLE best AS
-            WITH latest AS (
-                SELECT {same}, max({self.time}) AS {self.time}
-                FROM history {"" if keys is None else f"SEMI JOIN wanted USING ({same})"}
-                WHERE {_present(self._keys)} AND {window.condition(self.time)} GROUP BY ALL
-            ), candidates AS (
-                SELECT {same}, file, position FROM history JOIN latest USING ({same}, {self.time})
+            WITH candidates AS (
+                SELECT {same}, file, position
+                FROM (FROM history WHERE {likely}) JOIN latest USING ({same}, {self.time})
                 QUALIFY rank() OVER (PARTITION BY {same} ORDER BY {self._newest_first(self._created)}) = 1
             )
             SELECT min(file << 32 | position) OVER tied AS row, file, position, count(*) OVER tied > 1 AS tied
@@ -296,7 +302,8 @@ class History:
         self._execute(
             f"""CREATE TEMP TABLE relevant AS
             SELECT {same}, {self.time} AS event, {self._created} AS created, file, position
-            FROM history SEMI JOIN asked USING ({same}) WHERE {window.condition(self.time)}"""
+            FROM (FROM history WHERE {self._likely("asked", self._keys)}) SEMI JOIN asked USING ({same})
+            WHERE {window.condition(self.time)}"""
         )
         timeline, known = "SELECT *, event AS known FROM relevant", "true"
         if join.by_created and self._contract.created_field is not None:
@@ -330,8 +337,9 @@ class History:
         if not files:
             return
         wanted = columns or [f"c{i}" for i in range(len(self._types))]
+        likely = self._likely(f"({places})", ["file", "position"])
         rows = self._con.sql(
-            f"SELECT {', '.join(wanted)}, p.* FROM ({self._select(files)}) h "
+            f"SELECT {', '.join(wanted)}, p.* FROM (FROM ({self._select(files)}) WHERE {likely}) h "
             f"JOIN ({places}) p ON h.file = p.file AND h.position = p.position {order}"
         )
         with self._naming_casts():
@@ -355,6 +363,19 @@ class History:
                 {contract.view_name(name): encode_values(contract, rows_of_others, name) for name in contract.features}
             )
         return tails
+
+    def _likely(self, table: str, columns: Sequence[str]) -> str:
+        """A condition that holds for every row whose columns are in a table, and for few others: a Bloom filter.
+
+        Before a join with a small part of the history it spares looking up nearly all of it.
+        """
+        counted = self._con.execute(f"SELECT count(*) FROM {table}").fetchone()
+        bits = 1 << min(max(int(counted[0] if counted else 0) * 16, 1 << 12).bit_length(), _MAX_FILTER_BITS)
+        hashed = f"CAST(hash({', '.join(columns)}) & {bits - 1} AS INTEGER)"
+        name = f"filter_{self._filters}"
+        self._filters += 1
+        self._con.execute(f"SET VARIABLE {name} = (SELECT bitstring_agg({hashed}, 0, {bits - 1}) FROM {table})")
+        return f"get_bit(getvariable('{name}'), {hashed}) = 1"
 
     def _settle(self) -> None:
         """Make `found` of `best`: of rows that tie as far as SQL knows, keep the one with the greatest tail."""
@@ -419,7 +440,9 @@ class History:
         """DuckDB names file, column and both types; add the view and what to do."""
         try:
             yield
-        except duckdb.ConversionException as error:
+        except (duckdb.ConversionException, OSError) as error:  # as an OSError where the rows are streamed
+            if isinstance(error, OSError) and not str(error).startswith("Conversion Error"):
+                raise
             msg = (
                 f"feature view `{self._contract.name}`: {str(error).splitlines()[0]}; "
                 "give the field its former type again, or the new values a new field"
