@@ -216,7 +216,7 @@ def _cast(contract: ViewContract, table: pa.Table, field: pa.Field, rule: Rule, 
             bad,
             reason,
             field.name,
-            lambda row: f"field `{field.name}`: expected {wanted}, found {_shown(column[row].as_py())}",
+            lambda row: f"field `{field.name}`: expected {wanted}, found {_shown(column[row])}",
         )
         result = pc.if_else(pa.array(bad), None, result)
     return result
@@ -298,7 +298,13 @@ def _json_text(column: pa.Array, parse: Callable[[str], Any]) -> tuple[pa.Array,
             if text is not None:
                 parse(text)
             texts.append(text)
-        except (KeyError, TypeError, ValueError, RecursionError):  # a key twice, no JSON form, no JSON, too deep
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            OverflowError,
+            RecursionError,
+        ):  # a key twice, no JSON form, no JSON, too deep
             texts.append(None)
             bad[row] = True
     return pa.array(texts, pa.string()), bad
@@ -401,7 +407,7 @@ def _check_rule(column: pa.Array, rule: Rule, faults: _Faults) -> None:
             bad,
             Reason.OUT_OF_RANGE,
             rule.column,
-            lambda row: f"field `{rule.column}`: expected {rule}, found {_shown(column[row].as_py())}",
+            lambda row: f"field `{rule.column}`: expected {rule}, found {_shown(column[row])}",
         )
 
 
@@ -423,9 +429,12 @@ def _check_future(
         )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: pa.Scalar) -> str:
     """A value for a message: its repr, shortened."""
-    text = repr(value)
+    try:
+        text = repr(value.as_py())
+    except (OverflowError, ValueError):  # a time that Python does not have
+        text = f"a value of {value.type} that is out of range"
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
 
 

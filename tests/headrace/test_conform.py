@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import re
+import uuid
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal as PythonDecimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from feast import Field
-from feast.types import Array, Bool, Float32, Int32, Int64, String
+from feast.types import (
+    Array,
+    Bool,
+    Bytes,
+    Decimal,
+    FeastType,
+    Float32,
+    Int32,
+    Int64,
+    Json,
+    Map,
+    Set,
+    String,
+    Struct,
+    TimeUuid,
+    UnixTimestamp,
+    Uuid,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -159,6 +178,61 @@ def test_lists_are_cast_item_by_item(tmp_path: Path) -> None:
     done = conform(lists, given_table, now_us=NOW_US, max_future_us=None)
     assert [(r.row, r.reason) for r in done.rejects] == [(1, Reason.NULL)]
     assert done.table.column("last").to_pylist() == [[1, 2]]
+
+
+SHAPE = Struct({"n": Int32, "at": UnixTimestamp})
+AT = datetime(2026, 1, 31, 12, tzinfo=UTC)
+KEY = uuid.UUID(int=7)
+GIVEN: list[tuple[FeastType, pa.Array, list[Any], list[int]]] = [
+    (Map, pa.array(['{"a": 1}', "[1]", "x", None]), ['{"a": 1}', None], [1, 2]),
+    (Map, pa.array([{"a": 1, "b": None}, None]), ['{"a": 1, "b": null}', None], []),
+    (Map, pa.array([[("a", 1)], [("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64())), ['{"a": 1}'], [1]),
+    (Map, pa.array([f'{{"a": {2**63}}}', '{"a": "\\ud800"}', "{}"]), ["{}"], [0, 1]),
+    (Map, pa.array([{"at": AT}]), [], [0]),
+    (Array(Map), pa.array([[{"a": 1}], None, []]), ['[{"a": 1}]', None, "[]"], []),
+    (Array(Map), pa.array(["[{}]", "{}"]), ["[{}]"], [1]),
+    (Json, pa.array(["1", "", "{", '{"a": []}']), ["1", '{"a": []}'], [1, 2]),
+    (Json, pa.array([1.5, None]), ["1.5", None], []),
+    (Array(Json), pa.array([["1", None], ["{"]]), [["1", None]], [1]),
+    (Uuid, pa.array([str(KEY), KEY.hex, "x", ""]), [str(KEY), KEY.hex], [2, 3]),
+    (Uuid, pa.array([KEY.bytes, None], pa.uuid()), [str(KEY), None], []),
+    (TimeUuid, pa.array([1.5]), [], [0]),
+    (Array(Uuid), pa.array([[str(KEY)], [None], None]), [[str(KEY)], None], [1]),
+    (Decimal, pa.array(["1.10", "-1E-30", "1,5", "NaN"]), ["1.10", "-1E-30", "NaN"], [2]),
+    (Decimal, pa.array([PythonDecimal("1.10"), None]), ["1.10", None], []),
+    (Decimal, pa.array([7]), ["7"], []),
+    (UnixTimestamp, pa.array(["2026-01-31 12:00:00", "x"]), [AT], [1]),
+    (UnixTimestamp, pa.array([2**60, 0]).cast(pa.timestamp("us")), [datetime(1970, 1, 1, tzinfo=UTC)], [0]),
+    (Array(UnixTimestamp), pa.array([["2026-01-31 12:00:00", None], ["x"]]), [[AT, None]], [1]),
+    (Set(Int32), pa.array([[1, None], [2**40], []]), [[1, None], []], [1]),
+    (Array(Array(Int32)), pa.array([[[1], None], [[2**40]], None]), [[[1], None], None], [1]),
+    (Array(Float32), pa.array([[0.5], [1e300]]), [[0.5]], [1]),
+    (Array(Int64), pa.array([1, 2]), [], [0, 1]),
+    (SHAPE, pa.array([{"at": "2026-01-31 12:00:00", "more": 1}, {"at": "x", "more": 1}]), [{"n": None, "at": AT}], [1]),
+    (SHAPE, pa.array([{"n": 2**40}, None]), [None], [0]),
+    (Array(SHAPE), pa.array([[{"n": 1}], [None], [{"n": 2**40}]]), [[{"n": 1, "at": None}]], [1, 2]),
+    (Bytes, pa.array([b"", None]), [b"", None], []),
+]
+
+
+@pytest.mark.parametrize(("dtype", "column", "kept", "bad"), GIVEN, ids=lambda value: str(value)[:20])
+def test_each_type_takes_what_it_can_and_tells_what_it_cannot(
+    tmp_path: Path, dtype: FeastType, column: pa.Array, kept: list[Any], bad: list[int]
+) -> None:
+    contract = ViewContract.from_feast(view(features=[Field(name="x", dtype=dtype)])[1], config(tmp_path))
+    given_table = table(*({} for _ in column)).append_column("x", column)
+    done = conform(contract, given_table, now_us=NOW_US, max_future_us=None)
+    assert [reject.row for reject in done.rejects] == bad
+    assert all(re.match("field `x`: expected .*, found ", reject.message) for reject in done.rejects)
+    assert done.table.column("x").to_pylist() == kept
+    assert done.table.schema == contract.schema
+
+
+@pytest.mark.parametrize("tags", [{"ge": "0"}, {"isin": "a"}])
+def test_a_rule_that_its_type_cannot_keep_is_refused(tmp_path: Path, tags: dict[str, str]) -> None:
+    fields = [Field(name="x", dtype=Array(Int64), tags=tags)]
+    with pytest.raises(ConfigError, match=r"`x`: tag (ge|isin) .* of type Array\(Int64\)"):
+        ViewContract.from_feast(view(features=fields)[1], config(tmp_path))
 
 
 def test_an_empty_table_conforms(contract: ViewContract) -> None:
