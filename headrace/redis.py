@@ -435,7 +435,7 @@ def _call_each(
         waiting = [i for i in waiting if isinstance(replies[i], NoScriptError)]
         if not waiting or is_last:
             break
-        client.script_load(script, target_nodes="primaries")
+        client.execute_command("SCRIPT LOAD", script, target_nodes="primaries")
     for reply in replies:
         if isinstance(reply, Exception):
             raise reply

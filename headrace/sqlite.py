@@ -83,6 +83,8 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
         size = max(1, _VALUES_A_TRANSACTION // (1 + len(rows.values)))
         written = 0
         for start in range(0, len(by_key), size):
+            if start > 0:
+                time.sleep(2 * _LOCK_POLL_S)  # for those who wait
             chunk = by_key[start : start + size]
             with self._transaction(config) as connection:
                 table.create_order(connection)
@@ -389,7 +391,20 @@ def _configure(connection: sqlite3.Connection) -> None:
 
 
 def _begin(connection: sqlite3.Connection) -> None:
-    connection.execute("BEGIN IMMEDIATE")
+    """Take the write lock. SQLite's own waiting looks every 100 ms and so misses the gaps that a busy writer leaves."""
+    connection.execute("PRAGMA busy_timeout = 0")
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    try:
+        while True:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(_LOCK_POLL_S)
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {_LOCK_TIMEOUT_S * 1000:.0f}")
 
 
 @contextmanager

