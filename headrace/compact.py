@@ -35,7 +35,6 @@ from headrace.segments import (
     lift,
     new_append_id,
     read_footer,
-    read_ranges,
     remove,
     writer_id,
 )
@@ -203,23 +202,27 @@ class _Source:
     footer: Footer
     schema: pa.Schema
     limits: tuple[Any, ...]
+    accepted: bytes
     rows: int
     bytes: int
-    note_bytes: int
+
+    @property
+    def note_bytes(self) -> int:
+        """What it adds to the footer of a merged file."""
+        return len(self.accepted) + len(json.dumps(self.footer.extra))
 
     @classmethod
     def read(cls, folder: Folder, name: SegmentName) -> _Source:
         path = folder.path_of(name)
         footer = read_footer(path)
         metadata = pq.read_metadata(path)
-        entries = metadata.metadata or {}
+        accepted = (metadata.metadata or {}).get(ACCEPTED, b"")
         schema = metadata.schema.to_arrow_schema().remove_metadata()
         # What cannot be joined without a loss keeps a file alone: a mark, or a note that is no list.
         notes = {key: type(value) for key, value in sorted(footer.extra.items())}
         is_alone = footer.mark is not None or any(kind is not list for kind in notes.values())
         limits = (name if is_alone else None, schema, footer.topic_id, tuple(notes))
-        size = len(entries.get(ACCEPTED, b"")) + len(json.dumps(footer.extra))
-        return cls(name, path, footer, schema, limits, metadata.num_rows, path.stat().st_size, size)
+        return cls(name, path, footer, schema, limits, accepted, metadata.num_rows, path.stat().st_size)
 
 
 def _extend(folder: Folder, chain: str, level: int, cap_bytes: int, work: _Work, progress: Progress | None) -> None:
@@ -275,7 +278,7 @@ def _go_up(folder: Folder, run: list[_Source], work: _Work, progress: Progress |
                 progress(work.rows + done, work.rows + rows)
         reached("compact.0.sources-read")
 
-    accepted = Ranges.joined([read_ranges(source.path) for source in run])
+    accepted = Ranges.joined([Ranges.decode(source.accepted) for source in run])
     if accepted.count not in (0, rows):
         msg = (
             f"{run[0].path} and the {len(run) - 1} files behind it hold {rows} rows and {accepted.count} offsets; "

@@ -439,3 +439,15 @@ def test_the_end_needs_no_more_than_the_last_file_of_each_level(contract: ViewCo
     (contract.directory / "stream-events-0-0-0-0000000000000000000x.parquet").write_bytes(b"")
     assert folder.tip("stream-events-0-0") == tip
     assert (ledger.end().end, ledger.end().topic_id) == (6, "t5")
+
+
+@pytest.mark.parametrize("length", [0, 1, 40, 50_000, 70_000, 300_000])
+def test_a_footer_of_any_length_is_read_whatever_the_rows_say(contract: ViewContract, length: int) -> None:
+    trap = contract.schema.append(pa.field("text", pa.string()))
+    text = "\x18\x08headrace\x18\x02{}"
+    table = some(contract, 1, 2).append_column(trap.field("text"), [[text, text + "PAR1"]])
+    note = Footer(next=2, append=new_append_id(), extra={"note": text + "x" * length})
+    path = contract.directory / str(SegmentName("push", 0, 0))
+    create(path, table, note)
+    assert read_footer(path) == note
+    assert pq.read_metadata(path).metadata[b"headrace"].decode() == note.to_json()

@@ -214,6 +214,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     plugins = request.config.pluginmanager
     reporter = plugins.getplugin("terminalreporter")
     with plugins.getplugin("capturemanager").global_and_fixture_disabled():
+        reporter.write_line("")
         for line in [("killed in", "points", "runs", "losses"), *lines]:
             reporter.write_line("{:<28}{:>8}{:>8}{:>8}".format(*line))
 
