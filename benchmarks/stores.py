@@ -181,9 +181,9 @@ def materialize(bench: Bench, name: str, *, kind: str, keys: int, features: int,
     ]
 
 
-def retrieve(bench: Bench, name: str, *, entities: int, sides: tuple[str, ...]) -> list[Row]:
+def retrieve(bench: Bench, name: str, *, entities: int, keys: int, sides: tuple[str, ...]) -> list[Row]:
     """Point-in-time retrieval against ten million rows."""
-    history = bench.history(bench.scaled(10 * MILLION), bench.scaled(MILLION), NARROW, pieces=20)
+    history = bench.history(bench.scaled(10 * MILLION), bench.scaled(keys), NARROW, pieces=20)
     wanted = bench.scaled(entities)
     file = bench.place() / "entities.parquet"
     bench.once("make-entities", file=str(file), rows=wanted, keys=history.keys)
@@ -201,7 +201,7 @@ def retrieve(bench: Bench, name: str, *, entities: int, sides: tuple[str, ...]) 
     found = bench.take_turns(name, run, sides)
     if len({answer["digest"] for answers in found.values() for answer in answers}) != 1:
         raise MeasureError(f"{name}: the results differ")
-    what = f"retrieval of {count(wanted)} entity rows from {count(history.rows)} rows"
+    what = f"retrieval of {count(wanted)} entity rows from {count(history.rows)} rows of {count(history.keys)} keys"
     ours, peak = median_of(found[OURS], "seconds"), median_of(found[OURS], "peak_bytes")
     if STOCK not in sides:
         is_met = peak <= 8 * GIB
@@ -452,8 +452,9 @@ ROWS: dict[str, Callable[[Bench, str], list[Row]]] = {
     "materialize-sqlite": partial(materialize, kind="sqlite", keys=MILLION, features=NARROW, bound=5),
     "materialize-wide-redis": partial(materialize, kind="redis", keys=100_000, features=WIDE, bound=8),
     "materialize-wide-sqlite": partial(materialize, kind="sqlite", keys=100_000, features=WIDE, bound=5),
-    "retrieve": partial(retrieve, entities=100_000, sides=(OURS, STOCK)),
-    "retrieve-million": partial(retrieve, entities=MILLION, sides=(OURS,)),
+    "retrieve": partial(retrieve, entities=100_000, keys=MILLION, sides=(OURS, STOCK)),
+    "retrieve-deep": partial(retrieve, entities=100_000, keys=10_000, sides=(OURS, STOCK)),
+    "retrieve-million": partial(retrieve, entities=MILLION, keys=MILLION, sides=(OURS,)),
     "append": append,
     "online-redis": partial(serve_online, kind="redis"),
     "online-sqlite": partial(serve_online, kind="sqlite"),
