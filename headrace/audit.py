@@ -26,7 +26,7 @@ from feast.protos.feast.types.Value_pb2 import Value as ValueProto
 from feast.type_map import feast_value_type_to_python_type
 
 from headrace.contract import ViewContract
-from headrace.encode import EncodedRows, encode
+from headrace.encode import EncodedRows, encode, is_older
 from headrace.errors import ConfigError
 from headrace.materialize import Holdings, Progress, holdings
 from headrace.online import NewestWinsStore, StoredRows, online_store
@@ -203,9 +203,9 @@ class Cut:
         if order is None:
             has_expired = self._expired_us is not None and latest.event_us[i] < self._expired_us
             return Kind.EXPIRED if has_expired else Kind.MISSING
-        if order < latest.order[i]:
+        if is_older(order, latest.order[i]):
             return Kind.STALE
-        if order == latest.order[i]:
+        if not is_older(latest.order[i], order):
             return Kind.DIFFERENT
         return self._newer(stored, i, Kind.AHEAD)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from feast import FeatureView
 from feast.feature_view import DUMMY_ENTITY_ID
 from feast.protos.feast.types.Value_pb2 import ValueType as ValueTypeProto
 from feast.types import Bytes, FeastType, Int32, Int64, String, UnixTimestamp
@@ -23,7 +25,10 @@ from headrace.errors import SchemaError
 from headrace.values import BINARY, fixed, joined, rows_of, serialize, to_list, varints
 
 ORDER_BYTES = 33
-"""Event time 8, created time 8, kind 1, origin or hash 16; all big-endian, so bytes compare as the order does."""
+"""Event time 8, created time 8, kind 1, origin or schema and hash 16; big-endian, so bytes compare as the order does."""
+
+_UNTIL_KIND = 17
+_UNTIL_SCHEMA = 21
 
 _KIND_STREAM = 1
 _SIGN = np.uint64(1 << 63)
@@ -32,7 +37,7 @@ _HASH_KEYS = ("headrace order 0", "headrace order 1")
 Int64s = npt.NDArray[np.int64]
 Masks = npt.NDArray[np.bool_]
 Tails = npt.NDArray[np.uint8]
-"""What breaks ties, 17 bytes a row: the kind, then epoch, partition and offset (kind 1) or a hash of the values (0)."""
+"""What breaks ties, 17 bytes a row: the kind, then epoch, partition and offset (kind 1), or schema and hash (0)."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def encode_each(contract: ViewContract, table: pa.Table, tails: Tails | None = N
     tails = np.zeros((table.num_rows, 17), dtype=np.uint8) if tails is None else tails
     return EncodedRows(
         keys=to_list(_keys(contract, table)),
-        order=order_keys(event, created, has_created, _with_hashes(tails, values)),
+        order=order_keys(event, created, has_created, _with_hashes(tails, values, schema_id(contract.feature_view))),
         event_us=event.tolist(),
         created_us=known.tolist(),
         values={name: to_list(column) for name, column in values.items()},
@@ -152,18 +157,37 @@ def stream_tails(origin: Origin) -> npt.NDArray[np.uint8]:
     return out
 
 
-def hash_tails(values: Mapping[str, Sequence[bytes]]) -> Tails:
-    """Kind 0 and a 128-bit hash of the encoded values, features by name: Feast gives no better tie-break."""
+def hash_tails(values: Mapping[str, Sequence[bytes]], schema: bytes) -> Tails:
+    """Kind 0, the schema's id, and a 96-bit hash of the encoded values: Feast gives no better tie-break."""
     columns = {name: pa.array([value or None for value in column], BINARY) for name, column in values.items()}
-    return _with_hashes(np.zeros((len(next(iter(columns.values()))), 17), dtype=np.uint8), columns)
+    return _with_hashes(np.zeros((len(next(iter(columns.values()))), 17), dtype=np.uint8), columns, schema)
 
 
-def _with_hashes(tails: Tails, values: Mapping[str, pa.Array]) -> Tails:
-    """The tails, those of kind 0 with their hashes.
+def schema_id(view: FeatureView) -> bytes:
+    """Four bytes that tell apart what a view's features and their types were."""
+    features = sorted(f"{feature.name}:{feature.dtype}" for feature in view.features)
+    return blake2b("\n".join(features).encode(), digest_size=_UNTIL_SCHEMA - _UNTIL_KIND).digest()
 
-    Hashed is the concatenation of the serialized values, a zero byte for null: each is one field of a message, so it
-    tells where it ends. The hash is twice 64 bits, little-endian, of `pandas.util.hash_array` under two fixed keys:
-    SipHash-2-4, mixed by the finalizer of SplitMix64. It is public, fast on columns, and no secret is needed here.
+
+def is_older(order: bytes, than: bytes) -> bool:
+    """Whether a row of one order has to give way to a row of another.
+
+    Hashes of rows that were encoded under different schemas say nothing of each other: then neither is older. So a row
+    that is applied again after its view changed replaces itself.
+    """
+    same_times = order[:_UNTIL_KIND] == than[:_UNTIL_KIND] and order[_UNTIL_KIND - 1 : _UNTIL_KIND] == b"\x00"
+    if same_times and order[_UNTIL_KIND:_UNTIL_SCHEMA] != than[_UNTIL_KIND:_UNTIL_SCHEMA]:
+        return False
+    return order < than
+
+
+def _with_hashes(tails: Tails, values: Mapping[str, pa.Array], schema: bytes) -> Tails:
+    """The tails, those of kind 0 with the schema's id and their hashes.
+
+    Hashed is the concatenation of the serialized values by name, a zero byte for null: each is one field of a message,
+    so it tells where it ends. The hash is the first 96 bits of two of 64, little-endian, of `pandas.util.hash_array`
+    under two fixed keys: SipHash-2-4, mixed by the finalizer of SplitMix64. It is public, fast on columns, and no
+    secret is needed here.
     """
     plain = np.flatnonzero(tails[:, 0] != _KIND_STREAM)
     if not len(plain):
@@ -174,7 +198,8 @@ def _with_hashes(tails: Tails, values: Mapping[str, pa.Array]) -> Tails:
     rows = joined(columns, null=b"\x00").to_numpy(zero_copy_only=False)
     halves = [pd.util.hash_array(rows, hash_key=key, categorize=False).astype("<u8") for key in _HASH_KEYS]
     out = tails.copy()
-    out[plain, 1:] = np.column_stack(halves).view(np.uint8)
+    out[plain, 1:5] = np.frombuffer(schema, dtype=np.uint8)
+    out[plain, 5:] = np.column_stack(halves).view(np.uint8)[:, :12]
     return out
 
 

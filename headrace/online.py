@@ -19,7 +19,18 @@ from feast.protos.feast.types.Value_pb2 import Value as ValueProto
 from feast.utils import _convert_arrow_to_proto
 
 from headrace.contract import ViewContract
-from headrace.encode import EncodedRows, Int64s, Origin, Tails, encode, hash_tails, newest, order_keys, stream_tails
+from headrace.encode import (
+    EncodedRows,
+    Int64s,
+    Origin,
+    Tails,
+    encode,
+    hash_tails,
+    newest,
+    order_keys,
+    schema_id,
+    stream_tails,
+)
 from headrace.values import canonical
 
 FeastRow = tuple[EntityKeyProto, dict[str, ValueProto], datetime, datetime | None]
@@ -64,7 +75,7 @@ class NewestWinsStore(Protocol):
     """An online store of ours."""
 
     def write_newest(self, config: RepoConfig, view: FeatureView, rows: EncodedRows) -> int:
-        """Write each row whose order is not smaller than the stored one; the rest is turned away.
+        """Write each row that is not older than the stored one (`headrace.encode.is_older`); the rest is turned away.
 
         Atomic for each row, whoever else writes; idempotent. Returns how many were written.
         """
@@ -152,7 +163,7 @@ def encode_feast_rows(config: RepoConfig, view: FeatureView, data: Sequence[Feas
         event,
         np.array([us or 0 for us in created], dtype=np.int64),
         np.array([us is not None for us in created], dtype=bool),
-        hash_tails(values) if data else np.empty((0, 17), dtype=np.uint8),
+        hash_tails(values, schema_id(view)) if data else np.empty((0, 17), dtype=np.uint8),
     )
     version = config.entity_key_serialization_version
     keys = [serialize_entity_key(row[0], entity_key_serialization_version=version) for row in data]

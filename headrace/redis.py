@@ -13,6 +13,7 @@ import json
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -33,12 +34,14 @@ from headrace.encode import ORDER_BYTES, EncodedRows, encode_timestamps
 from headrace.errors import TransientError
 from headrace.online import FeastRow, Mark, StoredRows, encode_feast_rows, event_times, feature_types, stock_order
 
+_CALLS_AT_ONCE = 2  # the server works on one while the next is packed
 _ARGUMENTS_A_CALL = 4_000
 _BYTES_A_CALL = 1_000_000
 _KEYS_A_SCAN = 2_000
 
 # What scripts share. Lua compares strings by the server's locale, so orders are compared byte by byte; `unpack` takes
-# fewer than 8,000 items, so wide rows go in pieces (within a script, which is atomic).
+# fewer than 8,000 items, so wide rows go in pieces (within a script, which is atomic). `older` is
+# `headrace.encode.is_older`.
 _LIBRARY = """
 local call, sub, byte, unpack_numbers, PIECE = redis.call, string.sub, string.byte, struct.unpack, 6000
 local function older(a, b)
@@ -48,7 +51,10 @@ local function older(a, b)
   if a2 ~= b2 then return a2 < b2 end
   for i = 9, ORDER_BYTES do
     local x, y = byte(a, i), byte(b, i)
-    if x ~= y then return x < y end
+    if x ~= y then
+      if i > 17 and i < 22 and byte(a, 17) == 0 then return false end  -- of another schema
+      return x < y
+    end
   end
   return false
 end
@@ -406,8 +412,17 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
             retired = [feature for feature in self._known_types(config, view) if feature not in own]
             fields, others = (b"".join(_mmh3(f"{name}:{one}") for one in some) for some in (features, retired))
             head = [f"_ts:{name}", f"_hr:{name}", config.online_store.key_ttl_seconds or 0, fields, others]
-            for chunk in _chunks(len(keys), columns, 1 + max(len(columns), width)):
-                yield from call(client, script, head, keys[chunk], [column[chunk] for column in columns])
+            chunks = list(_chunks(len(keys), columns, 1 + max(len(columns), width)))
+
+            def reply(chunk: slice) -> list[Any]:
+                return call(client, script, head, keys[chunk], [column[chunk] for column in columns])
+
+            if len(chunks) == 1:
+                yield from reply(chunks[0])
+                return
+            with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
+                for replies in pool.map(reply, chunks):
+                    yield from replies
 
 
 def _call_chunk(

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.contract import ViewContract
-from headrace.encode import Origin, Tails, encode_values, hash_tails, stream_tails
+from headrace.encode import Origin, Tails, encode_values, hash_tails, schema_id, stream_tails
 from headrace.errors import SchemaError
 from headrace.segments import (
     Offsets,
@@ -360,7 +360,8 @@ class History:
         if hashed and len(others):
             contract, rows_of_others = self._contract, self.named(table).take(pa.array(others))
             tails[others] = hash_tails(
-                {contract.view_name(name): encode_values(contract, rows_of_others, name) for name in contract.features}
+                {contract.view_name(name): encode_values(contract, rows_of_others, name) for name in contract.features},
+                schema_id(contract.feature_view),
             )
         return tails
 

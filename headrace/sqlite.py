@@ -23,7 +23,7 @@ from feast import Entity, FeatureView, RepoConfig
 from feast.infra.online_stores.sqlite import SqliteOnlineStore, SqliteOnlineStoreConfig, _quote_id, _table_id
 
 from headrace import registry as _registry  # noqa: F401 - resolves relative registries
-from headrace.encode import EncodedRows
+from headrace.encode import EncodedRows, is_older
 from headrace.errors import ConfigError, TransientError
 from headrace.online import FeastRow, Mark, StoredRows, encode_feast_rows, event_times, feature_types, stock_order
 
@@ -89,7 +89,7 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
             with self._transaction(config) as connection:
                 table.create_order(connection)
                 stored = table.orders(connection, [rows.keys[i] for i in chunk])
-                taken = [i for i in chunk if rows.order[i] >= (stored.get(rows.keys[i]) or b"")]
+                taken = [i for i in chunk if not is_older(rows.order[i], stored.get(rows.keys[i], b""))]
                 table.put(connection, rows, taken, stored)
             written += len(taken)
         return written

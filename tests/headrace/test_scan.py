@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from headrace.chains import Folder, push
 from headrace.contract import ViewContract
-from headrace.encode import Origin, encode_values, hash_tails, order_keys, stream_tails
+from headrace.encode import Origin, encode_values, hash_tails, order_keys, schema_id, stream_tails
 from headrace.errors import SchemaError
 from headrace.scan import ROWS_A_CHUNK, Window, newest
 from headrace.segments import DayName, Footer, SegmentName, create, stream_chain, time_bounds
@@ -76,7 +76,8 @@ def write_history(
             _write_chain(contract, stream_chain(topic, partition, 0), table, offsets)
             tails = stream_tails(Origin(0, partition, offsets))
         else:
-            tails = hash_tails({contract.view_name(f): encode_values(contract, table, f) for f in contract.features})
+            values = {contract.view_name(f): encode_values(contract, table, f) for f in contract.features}
+            tails = hash_tails(values, schema_id(contract.feature_view))
             if origin == "push":
                 _write_chain(contract, "push", table, None)
             elif origin == "day":
