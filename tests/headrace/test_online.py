@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import random
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +25,8 @@ from hypothesis import strategies as st
 from headrace.contract import ViewContract
 from headrace.encode import Origin, encode, stream_tails
 from headrace.online import NewestWinsStore, online_store, server_ids, write_online
-from tests.headrace.views import EPOCH_US, applied, config, redis_online, rows, sqlite_online, view
+from tests.headrace.views import EPOCH_US, applied, config, examples, redis_online, rows, sqlite_online, view
+from tests.servers import Valkey
 
 Row = Mapping[str, Any]
 Oracle = dict[tuple[Any, ...], tuple[Any, ...]]
@@ -64,7 +67,7 @@ EVENTS = st.lists(
 
 
 @settings(
-    max_examples=100,
+    max_examples=examples(100),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -137,27 +140,119 @@ def clear(store: FeatureStore, contract: ViewContract) -> None:
     target.update(store.config, [], [contract.feature_view], [], [], True)
 
 
-def race(home: str, online: dict[str, Any], seed: int) -> None:
-    """One of many writers: the same events, shuffled by its own seed."""
-    store, (contract,) = applied(Path(home), online)
-    events = [{"id": n % 20, "at": n // 20, "made": 0, "value": float(n), "count": n} for n in range(1000)]
-    chance = random.Random(seed)
-    chance.shuffle(events)
-    for start in range(0, len(events), 50):
-        write_online(store, contract, rows(contract, events[start : start + 50]))
+@dataclass(frozen=True)
+class Race:
+    """A store, and processes that write to it: each takes batches from its pipe and answers None, or what failed."""
+
+    store: FeatureStore
+    contract: ViewContract
+    pipes: list[Connection]
+
+    def run(self, batches_of: Sequence[list[tuple[bool, list[dict[str, Any]]]]]) -> None:
+        """Let every process write its batches, all at once."""
+        for pipe, batches_of_one in zip(self.pipes, batches_of, strict=True):
+            pipe.send(batches_of_one)
+        assert [pipe.recv() for pipe in self.pipes] == [None] * len(self.pipes)
 
 
-def test_racing_processes_never_leave_an_older_value(tmp_path: Path, online: dict[str, Any]) -> None:
-    store, (contract,) = applied(tmp_path, online)
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=race, args=(str(tmp_path), online, seed)) for seed in range(4)]
+WRITERS = 8
+
+
+@pytest.fixture(scope="module", params=["sqlite", "valkey"])
+def racing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Race]:
+    home = tmp_path_factory.mktemp("race")
+    online = sqlite_online()
+    if request.param == "valkey":
+        server: Valkey = request.getfixturevalue("valkey_server")
+        online = redis_online(server.start().address, next(request.getfixturevalue("valkey_databases")))
+    store, (contract,) = applied(home, online)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pairs = [context.Pipe() for _ in range(WRITERS)]
+    processes = [context.Process(target=write_batches, args=(home, online, theirs)) for _, theirs in pairs]
     for process in processes:
         process.start()
-    for process in processes:
+    yield Race(store, contract, [ours for ours, _ in pairs])
+    for (ours, _), process in zip(pairs, processes, strict=True):
+        ours.send(None)
         process.join()
-        assert process.exitcode == 0
-    found = served(store, contract, [{"id": n} for n in range(20)])
-    assert [row["count"] for row in found] == [980 + n for n in range(20)]
+
+
+def write_batches(home: Path, online: dict[str, Any], pipe: Connection) -> None:
+    store = FeatureStore(config=config(home, online))
+    contract = ViewContract.from_feast(store.get_feature_view("stats"), store.config)
+    while (batches_of_one := pipe.recv()) is not None:
+        try:
+            for is_stream, batch in batches_of_one:
+                write(store, contract, is_stream, batch)
+            pipe.send(None)
+        except Exception as error:  # noqa: BLE001 - the test shows what it was
+            pipe.send(repr(error))
+
+
+def write(store: FeatureStore, contract: ViewContract, is_stream: bool, batch: list[dict[str, Any]]) -> None:
+    offsets = np.array([event["count"] for event in batch], dtype=np.int64)
+    origin: dict[str, Any] = {"epoch": 0, "partition": 0, "offsets": offsets} if is_stream else {}
+    write_online(store, contract, rows(contract, batch), **origin)
+
+
+@settings(
+    max_examples=examples(25),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(events=EVENTS, seed=st.integers(0, 2**32))
+def test_eight_racing_processes_equal_the_oracle(racing: Race, events: list[dict[str, Any]], seed: int) -> None:
+    """Each event goes to one process or several, from the stream or another way; each example has keys of its own."""
+    first_key = next(KEYS_OF_EXAMPLES)
+    chance = random.Random(seed)
+    events = [{**event, "id": first_key + event["id"], "count": number} for number, event in enumerate(events)]
+    cut = chance.randint(0, len(events))
+    from_stream, others = events[:cut], events[cut:]
+    shares: list[list[tuple[bool, list[dict[str, Any]]]]] = [[] for _ in range(WRITERS)]
+    for is_stream, some in ((True, from_stream), (False, others)):
+        for share in shares:
+            mine = chance.sample(some, chance.randint(0, len(some)))
+            share += [(is_stream, batch) for batch in batches(chance, mine)]
+        chance.choice(shares).append((is_stream, some))  # none is forgotten
+    for share in shares:
+        chance.shuffle(share)
+    racing.run(
+        [[(is_stream, sorted(batch, key=lambda e: int(e["count"]))) for is_stream, batch in s if batch] for s in shares]
+    )
+    keys = sorted({event["id"] for event in events})
+    expected = [oracle(racing.contract, key, from_stream, others) for key in keys]
+    assert served(racing.store, racing.contract, [{"id": key} for key in keys]) == expected
+
+
+KEYS_OF_EXAMPLES = itertools.count(0, 10)
+
+
+@settings(
+    max_examples=examples(10),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(seed=st.integers(0, 2**32))
+def test_a_repair_under_racing_writers_never_takes_back_what_it_has_not_seen(racing: Race, seed: int) -> None:
+    """Each key is set back from what was seen, or a writer came first and its newest row stays."""
+    first_key = next(KEYS_OF_EXAMPLES)
+    store, contract = racing.store, racing.contract
+    target: NewestWinsStore = online_store(store)
+    events = [{"id": first_key + n, "at": 5, "made": 0, "value": 5.0, "count": n} for n in range(5)]
+    write_online(store, contract, rows(contract, events))
+    wanted = encode(contract, rows(contract, [{**event, "at": 1} for event in events]))
+    seen = target.read_stored(store.config, contract.feature_view, wanted.keys)
+    chance = random.Random(seed)
+    for pipe in racing.pipes:
+        some = chance.sample(events, 3)
+        pipe.send([(False, [{**event, "at": chance.randint(6, 9)}]) for event in some])
+    done = target.replace_exact(store.config, contract.feature_view, seen, wanted)
+    assert [pipe.recv() for pipe in racing.pipes] == [None] * WRITERS
+    after = target.read_stored(store.config, contract.feature_view, wanted.keys)
+    for place, is_done in enumerate(done):
+        at = cast("int", after.event_us[place]) - EPOCH_US
+        assert at >= 6 or (is_done and at == 1)
 
 
 def test_a_write_says_how_many_were_taken(store_and_contract: tuple[FeatureStore, ViewContract]) -> None:

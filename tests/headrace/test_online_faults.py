@@ -1,0 +1,242 @@
+"""Stores that fail in the middle: what is stored is whole rows, the error says what to do, a repeat completes it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import redis
+from feast import FeatureStore, Field
+from feast.types import Int64
+
+from headrace import sqlite as sqlite_module
+from headrace.contract import ViewContract
+from headrace.encode import encode
+from headrace.errors import ConfigError, TransientError
+from headrace.online import NewestWinsStore, online_store, write_online
+from tests.headrace.views import applied, config, redis_online, rows, sqlite_online, view
+from tests.servers import Valkey
+
+KEYS = 5_000
+
+
+@pytest.fixture
+def own_valkey() -> Iterator[Valkey]:
+    with Valkey() as server:
+        yield server
+
+
+def wide(count: int) -> Any:
+    return view("stats", None, [Field(name=f"f{n}", dtype=Int64) for n in range(count)])
+
+
+def many(contract: ViewContract, keys: int, at: int) -> pa.Table:
+    """Rows whose features all hold `at`, so that a torn one shows."""
+    return rows(contract, [{"id": n, "at": at, **dict.fromkeys(contract.features, at)} for n in range(keys)])
+
+
+def versions(store: FeatureStore, contract: ViewContract, table: pa.Table) -> set[int | None]:
+    """Which versions are stored; asserts that every row is whole."""
+    target: NewestWinsStore = online_store(store)
+    encoded = encode(contract, table)
+    stored = target.read_stored(store.config, contract.feature_view, encoded.keys)
+    for row in zip(*stored.values.values(), strict=True):
+        assert len(set(row)) == 1
+    return set(stored.event_us)
+
+
+def test_redis_out_of_memory(tmp_path: Path, own_valkey: Valkey) -> None:
+    store, (contract,) = applied(tmp_path, redis_online(own_valkey.address), wide(3))
+    client: Any = redis.Redis(port=own_valkey.port)
+    client.config_set("maxmemory", client.info("memory")["used_memory"] + 600_000)
+    table = many(contract, KEYS, 1)
+    with pytest.raises(TransientError, match=r"Redis at 127\.0\.0\.1:\d+ failed: OutOfMemoryError.* no harm"):
+        write_online(store, contract, table)
+    assert len(versions(store, contract, table)) == 2  # a part of them
+    client.config_set("maxmemory", 0)
+    assert write_online(store, contract, table) == KEYS
+    assert None not in versions(store, contract, table)
+
+
+def test_redis_restarted_between_chunks(tmp_path: Path, own_valkey: Valkey) -> None:
+    store, (contract,) = applied(tmp_path, redis_online(own_valkey.address), wide(3))
+    table = many(contract, KEYS, 1)
+    write_online(store, contract, table)
+    own_valkey.kill()
+    with pytest.raises(TransientError, match="ConnectionError"):
+        write_online(store, contract, table)
+    own_valkey.start()  # it has forgotten everything, the scripts too
+    assert versions(store, contract, table) == {None}
+    assert write_online(store, contract, table) == KEYS
+    assert len(versions(store, contract, table)) == 1
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "valkey"])
+def test_a_killed_writer_leaves_whole_rows(tmp_path: Path, kind: str, own_valkey: Valkey) -> None:
+    online = sqlite_online() if kind == "sqlite" else redis_online(own_valkey.address)
+    store, (contract,) = applied(tmp_path, online, wide(20))
+    write_online(store, contract, many(contract, KEYS, 1))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    begun = context.Event()
+    process = context.Process(target=write_for_ever, args=(tmp_path, online, begun))
+    process.start()
+    assert begun.wait(60)
+    time.sleep(0.2)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    versions(store, contract, many(contract, KEYS, 1))
+    last = many(contract, KEYS, 10**6)
+    assert write_online(store, contract, last) == KEYS
+    assert len(versions(store, contract, last)) == 1
+
+
+def write_for_ever(home: Path, online: dict[str, Any], begun: Any) -> None:
+    store = FeatureStore(config=config(home, online))
+    contract = ViewContract.from_feast(store.get_feature_view("stats"), store.config)
+    for at in range(2, 10**6):
+        write_online(store, contract, many(contract, KEYS, at))
+        begun.set()
+
+
+def test_a_row_lives_anew_only_when_it_is_newer(tmp_path: Path, own_valkey: Valkey) -> None:
+    store, (contract,) = applied(tmp_path, {**redis_online(own_valkey.address), "key_ttl_seconds": 100}, wide(1))
+    client: Any = redis.Redis(port=own_valkey.port)
+
+    def lives_after(at: int) -> int:
+        write_online(store, contract, many(contract, 1, at))
+        (key,) = client.keys("*id*")
+        left: int = client.ttl(key)
+        client.expire(key, 50)
+        return left
+
+    assert lives_after(5) > 90
+    assert lives_after(5) <= 50
+    assert lives_after(4) <= 50
+    assert lives_after(6) > 90
+
+
+def test_a_row_of_thousands_of_features(tmp_path: Path, own_valkey: Valkey) -> None:
+    store, (contract,) = applied(tmp_path, redis_online(own_valkey.address), wide(3_100))
+    for at in (1, 2):
+        table = many(contract, 3, at)
+        assert write_online(store, contract, table) == 3
+        assert len(versions(store, contract, table)) == 1
+
+
+def test_sqlite_locked_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, (contract,) = applied(tmp_path, sqlite_online(), wide(1))
+    write_online(store, contract, many(contract, 1, 1))
+    monkeypatch.setattr(sqlite_module, "_LOCK_TIMEOUT_S", 0.3)
+    other = sqlite3.connect(tmp_path / "data/online.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(TransientError, match=r"online\.db: another process held the write lock for .*repeat"):
+        write_online(store, contract, many(contract, 1, 2))
+    other.execute("COMMIT")
+    assert write_online(store, contract, many(contract, 1, 2)) == 1
+
+
+def test_sqlite_lets_others_in_during_a_large_write(tmp_path: Path) -> None:
+    store, (contract,) = applied(tmp_path, sqlite_online(), wide(3))
+    table = many(contract, 4, 9)
+    write_online(store, contract, table)
+    bulk = encode(contract, many(contract, 200_000, 1))
+    other = FeatureStore(config=config(tmp_path))
+    target: NewestWinsStore = online_store(store)
+    thread = threading.Thread(target=target.write_newest, args=(store.config, contract.feature_view, bulk))
+    thread.start()
+    write_online(other, contract, many(contract, 4, 10))
+    assert thread.is_alive()  # the small one did not wait for the whole of the large one
+    thread.join()
+    assert len(versions(store, contract, table)) == 1
+
+
+def test_sqlite_in_a_forked_process(tmp_path: Path) -> None:
+    """The child opens connections of its own; those of the parent go on."""
+    store, (contract,) = applied(tmp_path, sqlite_online(), wide(2))
+    table = many(contract, 4, 1)
+    write_online(store, contract, table)
+    target: Any = online_store(store)
+    with target._lock:  # as if another thread was writing
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                status = 0 if write_online(store, contract, many(contract, 4, 2)) == 4 else 2
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+    assert write_online(store, contract, table) == 0
+    assert write_online(store, contract, many(contract, 4, 3)) == 4
+    assert len(versions(store, contract, table)) == 1
+
+
+def test_a_view_that_is_not_applied_is_named(tmp_path: Path) -> None:
+    store, (contract,) = applied(tmp_path, sqlite_online(), wide(1))
+    online_store(store).teardown(store.config, [contract.feature_view], [])
+    with pytest.raises(ConfigError, match="not applied"):
+        write_online(store, contract, many(contract, 1, 1))
+
+
+@pytest.mark.parametrize("zone", ["America/New_York", "Asia/Kolkata"])
+def test_sqlite_understands_stock_rows_in_any_time_zone(tmp_path: Path, zone: str) -> None:
+    """Around both changes of the clock; stock Feast stores local whole seconds."""
+    script = textwrap.dedent(
+        """
+        import sys
+        from datetime import UTC, datetime, timedelta
+        from pathlib import Path
+        import pandas as pd
+        from headrace.encode import encode
+        from headrace.online import online_store, write_online
+        from tests.headrace.views import applied, rows, sqlite_online
+        store, (contract,) = applied(Path(sys.argv[1]), sqlite_online())
+        other, (same,) = applied(Path(sys.argv[1]), {**sqlite_online(), "type": "sqlite"})
+        def row(id, at, value):
+            return rows(contract, [{"id": id, "at": None, "value": value, "count": 1}]).set_column(
+                3, contract.schema.field("at"), [[at]])
+        def value(id):
+            return store.get_online_features(features=["stats:value"], entity_rows=[{"id": id}]).to_dict()["value"][0]
+        summer, spring, autumn = (datetime(2024, *day, tzinfo=UTC) for day in ((7, 1), (3, 10, 4), (11, 3, 0, 30)))
+        for id, start in enumerate((summer, spring, autumn)):
+            for hour in range(6):
+                at = start + timedelta(hours=hour)
+                write_online(store, contract, row(id, at, 1.0))
+                assert write_online(store, contract, row(id, at - timedelta(minutes=1), 2.0)) == 0
+                keys = encode(contract, row(id, at, 1.0)).keys
+                stored = online_store(store).read_stored(store.config, contract.feature_view, keys)
+                assert stored.event_us == [int(at.timestamp()) * 10**6], (at, stored)
+        for id, at in ((10, summer), (11, autumn - timedelta(days=30)), (12, autumn + timedelta(days=30))):
+            frame = pd.DataFrame([{"id": id, "value": 3.0, "count": 1, "at": at, "made": at}])
+            other.write_to_online_store("stats", frame)
+            assert write_online(store, contract, row(id, at - timedelta(seconds=1), 4.0)) == 0
+            assert value(id) == 3.0
+            assert write_online(store, contract, row(id, at + timedelta(seconds=1), 4.0)) == 1
+            assert value(id) == 4.0
+            older = at - timedelta(days=1)
+            other.write_to_online_store("stats", frame.assign(at=older, made=older, value=5.0))
+            assert write_online(store, contract, row(id, older - timedelta(seconds=1), 6.0)) == 0
+            assert value(id) == 5.0
+            assert write_online(store, contract, row(id, older + timedelta(seconds=1), 6.0)) == 1
+        """
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**os.environ, "TZ": zone},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
