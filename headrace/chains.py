@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -190,13 +190,15 @@ class StreamLedger:
             LostRaceError: the chain exists and ends elsewhere.
         """
         now = self.end()
-        if now.exists:
-            if now.end != start:
-                msg = f"chain `{self._name(now.epoch)}` exists and ends at {now.end}, not at {start}"
-                raise LostRaceError(msg, now.end)
-            return now
-        self._mark_before(now.epoch, start, topic_id)
-        return StreamEnd(now.epoch, start, start > 0, closed=False, topic_id=topic_id, servers=())
+        if not now.exists:
+            if start == 0:
+                return replace(now, topic_id=topic_id)
+            self._mark_before(now.epoch, start, topic_id)
+            now = self.end()
+        if now.end != start:
+            msg = f"chain `{self._name(now.epoch)}` exists and ends at {now.end}, not at {start}"
+            raise LostRaceError(msg, now.end)
+        return now
 
     def append(
         self,
@@ -289,7 +291,7 @@ class StreamLedger:
         if start <= 0:
             return
         note = Footer(next=start, topic_id=topic_id, writer=writer_id(), append=new_append_id(), mark="before")
-        with contextlib.suppress(LostRaceError):
+        with contextlib.suppress(LostRaceError, ChainClosedError):
             append(self._folder, self._name(epoch), 0, self._contract.schema.empty_table(), note)
 
     def _refuse_hole(self, epoch: int, first: int) -> None:

@@ -319,16 +319,26 @@ def _row_groups(run: Sequence[_Source]) -> Iterator[pa.Table]:
     held: list[pa.RecordBatch] = []
     rows = size = 0
     for source in run:
-        with pq.ParquetFile(source.path) as file:
-            for batch in file.iter_batches(batch_size=ROWS_A_GROUP // 8):
-                held.append(batch)
-                rows += batch.num_rows
-                size += batch.nbytes
-                if rows >= ROWS_A_GROUP or size >= _GROUP_BYTES:
-                    yield pa.Table.from_batches(held, run[0].schema)
-                    held, rows, size = [], 0, 0
+        for batch in _batches(source.path):
+            held.append(batch)
+            rows += batch.num_rows
+            size += batch.nbytes
+            if rows >= ROWS_A_GROUP or size >= _GROUP_BYTES:
+                yield pa.Table.from_batches(held, run[0].schema)
+                held, rows, size = [], 0, 0
     if held:
         yield pa.Table.from_batches(held, run[0].schema)
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=ROWS_A_GROUP // 8)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        msg = f"{path}: expected a whole segment, its rows cannot be read: {error}; restore the file"
+        raise LedgerError(msg) from error
 
 
 def _sizes(folder: Folder) -> dict[str, tuple[int, int]]:

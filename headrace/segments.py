@@ -399,8 +399,14 @@ def time_bounds(table: pa.Table, column: str) -> tuple[int | None, int | None]:
 
 
 def _make_folder(folder: Path) -> None:
+    """Make a folder durably."""
+    if folder.is_dir():
+        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+            missing.mkdir(exist_ok=True)
+            _fsync_folder(missing.parent)
+        folder.mkdir(exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         msg = (
             f"{folder} is a file, and rows are appended to a folder of segments; "

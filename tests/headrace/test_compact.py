@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import headrace
 from headrace import compact as compaction
+from headrace import faults
 from headrace.chains import Folder, StreamLedger, append, push, replace_day
 from headrace.compact import compact
 from headrace.contract import ViewContract
@@ -333,3 +334,54 @@ def test_a_frozen_compactor_harms_nothing(contract: ViewContract) -> None:
     assert not compaction.stays(folder, late, "compact")
     assert not folder.path_of(late).exists()
     assert {parse_name(entry) for entry in os.listdir(contract.directory)} >= set(folder.chain(CHAIN).valid)
+
+
+@pytest.mark.parametrize("grace_s", [0.0, 3600.0])
+def test_an_appender_that_sleeps_before_its_link_loses(
+    contract: ViewContract, monkeypatch: pytest.MonkeyPatch, grace_s: float
+) -> None:
+    """It saw its last segment as the newest; when it wakes, what others appended behind it may be merged and gone."""
+    sleeper = fill(contract, 3)
+
+    def sleep(step: str) -> None:
+        if step == "append.2.temporary-fsynced":
+            monkeypatch.setattr(faults, "hook", None)
+            fill(contract, 12)
+            compact(contract, grace_s=grace_s)
+            fill(contract, 12)
+            compact(contract, grace_s=grace_s)
+
+    monkeypatch.setattr(faults, "hook", sleep)
+    with pytest.raises(LostRaceError) as lost:
+        commit(contract, sleeper, 15, 5, topic_id="t")
+    assert lost.value.end == 135
+    assert [o for _, o, _ in content(contract)] == [n for n in range(135) if n % 3]
+    commit(contract, sleeper, 135, 5, topic_id="t")
+
+
+def test_covered_files_go_in_ascending_order(contract: ViewContract, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a writer that finds its last segment in place would not know that no later name was freed."""
+    fill(contract, 12)
+    compact(contract)
+    folder = Folder.of(contract)
+    covered = sorted(s for s in folder.segments(CHAIN) if s.level == 0)[:-1]
+    time.sleep(0.05)
+    now_s = time.time()
+    time.sleep(0.05)
+    folder.path_of(covered[4]).touch()
+    monkeypatch.setattr(time, "time", lambda: now_s)
+    assert compact(contract, grace_s=0).chains[CHAIN].files_deleted == 4
+    assert sorted(s for s in folder.segments(CHAIN) if s.level == 0)[:-1] == covered[4:]
+
+
+def test_rows_that_cannot_be_read_are_named(contract: ViewContract) -> None:
+    fill(contract, 12, size=300)
+    path = headrace.files(contract)[5]
+    start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 60] = b"\xff" * 60
+    path.write_bytes(data)
+    with pytest.raises(LedgerError, match=path.name):
+        compact(contract)
+    assert levels(contract) == [12, 0, 0, 0]
+    assert not list(contract.directory.glob(".*"))
