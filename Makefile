@@ -73,7 +73,7 @@ up: setup ## the same, and stay: Luigi on 8082, worker pages on 6066, feast ui o
 
 bench: setup ## the benchmarks, short: the stream, and a few rows of the stores (about 90 seconds)
 	$(PYTHON) -m benchmarks.stream --events 100000 --peer-events 10000
-	$(PYTHON) -m benchmarks.stores --only materialize-redis retrieve online-redis --runs 1 --scale 0.02
+	$(PYTHON) -m benchmarks.stores --only materialize-redis retrieve --runs 1 --scale 0.02
 
 bench-stream: setup ## the benchmark of the stream in full: a million events
 	$(PYTHON) -m benchmarks.stream
