@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from feast import Entity, FeatureStore, FeatureView, Field, FileSource, ValueType
+from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
 from feast.data_format import ParquetFormat
 from feast.types import Float64, Int64
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headrace.chains import push
 from headrace.contract import ViewContract
+from headrace.errors import ConfigError
 from tests.headrace.test_scan import KEY_VALUES, best, events, moment, write_history
-from tests.headrace.views import applied, examples, view
+from tests.headrace.views import EPOCH_US, applied, examples, rows, view
 
 KEYS: Mapping[str, dict[str, ValueType]] = {
     "one": {"id": ValueType.INT64},
@@ -140,3 +143,109 @@ def _source(contract: ViewContract, name: str) -> str:
 
 def _as_source(contract: ViewContract, row: Mapping[str, Any]) -> dict[str, Any]:
     return {_source(contract, name): value for name, value in row.items()}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> tuple[FeatureStore, ViewContract]:
+    store, (contract,) = applied(tmp_path)
+    push(contract, rows(contract, [{"id": 1, "at": n, "made": n, "value": float(n), "count": n} for n in (0, 4)]))
+    return store, contract
+
+
+def values(store: FeatureStore, entity_df: pd.DataFrame | str | None, **more: Any) -> list[Any]:
+    """What a retrieval of `stats:count` gives."""
+    found = store.get_historical_features(entity_df=entity_df, features=["stats:count"], **more).to_arrow()
+    return list(found.column("count").to_pylist())
+
+
+@pytest.mark.parametrize(
+    "stamp",
+    [
+        pd.Timestamp(moment(2)),
+        pd.Timestamp(moment(2)).tz_localize(None),
+        pd.Timestamp(moment(2)).tz_convert("America/New_York"),
+        pd.Timestamp(moment(2)).as_unit("ns"),
+        moment(2),
+        moment(2).isoformat(),
+        moment(2).isoformat(" ").removesuffix("+00:00"),
+    ],
+)
+def test_times_of_any_kind(place: tuple[FeatureStore, ViewContract], stamp: Any) -> None:
+    store, _ = place
+    assert values(store, pd.DataFrame({"id": [1, 2], "event_timestamp": [stamp, stamp]})) == [0, None]
+
+
+def test_dates_begin_at_midnight(place: tuple[FeatureStore, ViewContract]) -> None:
+    store, _ = place
+    day = moment(0).date()
+    assert values(store, pd.DataFrame({"id": [1, 1], "event_timestamp": [day, day + timedelta(days=1)]})) == [None, 4]
+
+
+def test_an_entity_frame_keeps_its_shape_types_and_order(place: tuple[FeatureStore, ViewContract]) -> None:
+    store, _ = place
+    frame = pd.DataFrame({"id": [2.0, 1.0, None], "when": pd.to_datetime([moment(1)] * 3), "label": ["a", "b", "c"]})
+    job = store.get_historical_features(entity_df=frame, features=["stats:value"], full_feature_names=True)
+    found = job.to_df()
+    assert found.columns.tolist() == ["id", "when", "label", "stats__value"]
+    assert found["label"].tolist() == ["a", "b", "c"]
+    assert found["stats__value"].fillna(-1).tolist() == [-1, 0, -1]
+    assert job.metadata is not None
+    assert job.metadata.min_event_timestamp == moment(1)
+    assert sorted(job.metadata.keys) == ["id", "label"]
+
+
+def test_entities_from_sql(place: tuple[FeatureStore, ViewContract]) -> None:
+    store, contract = place
+    assert values(store, f"SELECT 1 AS id, make_timestamp({EPOCH_US + 5}) AS event_timestamp") == [4]
+    wanted = pd.DataFrame({"id": [1], "event_timestamp": [moment(1)]})
+    wanted.to_parquet(contract.directory.parent / "wanted.parquet")
+    assert values(store, "SELECT * FROM 'data/wanted.parquet'") == [0]
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        ({"other": [1], "event_timestamp": [moment(0)]}, "lacks id, it has other"),
+        ({"id": [1.5], "event_timestamp": [moment(0)]}, "expected int64 as join key `id`, found double"),
+        ({"id": [1], "event_timestamp": [1_700_000_000]}, "expected times in the entity_df's column `event_timestamp`"),
+        ({"id": [1], "event_timestamp": ["soon"]}, "found text that is none"),
+        ({"id": [1], "event_timestamp": [moment(0)], "count": [1]}, "a column of the name of a wanted feature: count"),
+    ],
+)
+def test_a_frame_that_does_not_fit_is_refused(
+    place: tuple[FeatureStore, ViewContract], frame: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        values(place[0], pd.DataFrame(frame))
+
+
+def test_no_history_and_no_rows(tmp_path: Path) -> None:
+    store, _ = applied(tmp_path)
+    frame = pd.DataFrame({"id": [1], "event_timestamp": [moment(0)]})
+    assert values(store, frame) == [None]
+    assert values(store, frame.iloc[:0]) == []
+
+
+def test_one_view_under_two_names_by_two_columns(place: tuple[FeatureStore, ViewContract]) -> None:
+    store, contract = place
+    push(contract, rows(contract, [{"id": 2, "at": 1, "made": 1, "value": 7.0, "count": 7}]))
+    stats = store.get_feature_view("stats")
+    ends = [stats.with_name(name).with_join_key_map({"id": f"{name}_id"})[["count"]] for name in ("origin", "target")]
+    store.apply([FeatureService(name="trip", features=ends)])
+    frame = pd.DataFrame({"origin_id": [1, 2], "target_id": [2, 1], "event_timestamp": [moment(9)] * 2})
+    job = store.get_historical_features(frame, store.get_feature_service("trip"), full_feature_names=True)
+    assert job.to_df()[["origin__count", "target__count"]].to_numpy().tolist() == [[4, 7], [7, 4]]
+
+
+def test_a_range_of_time_without_entities(tmp_path: Path) -> None:
+    """A row for each key and time that a view has in the range, with what is known then; nothing from before it."""
+    store, (one, two) = applied(tmp_path, None, view("one"), view("two", ttl=timedelta(microseconds=2)))
+    push(one, rows(one, [{"id": 1, "at": n, "value": float(n), "count": n} for n in (0, 3, 6, 6, 20)]))
+    push(two, rows(two, [{"id": 1, "at": 2, "count": 20}, {"id": 2, "at": 4, "count": 40}]))
+    found = store.get_historical_features(
+        features=["one:count", "two:count"], full_feature_names=True, start_date=moment(1), end_date=moment(9)
+    ).to_df()
+    assert [
+        (int((row.event_timestamp - pd.Timestamp(moment(0))).value / 1000), row.id, row.one__count, row.two__count)
+        for row in found.astype(object).where(found.notna(), None).itertuples()
+    ] == [(2, 1, None, 20), (3, 1, 3, 20), (4, 2, None, 40), (6, 1, 6, None)]
