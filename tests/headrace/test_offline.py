@@ -109,7 +109,7 @@ def test_a_saved_dataset_is_replaced_whole(store_and_contract: tuple[FeatureStor
     with pytest.raises(SavedDatasetLocationAlreadyExists):
         job.persist(storage)
     job.persist(storage, allow_overwrite=True)
-    assert pq.read_table(store.config.repo_path / path).num_rows == 2
+    assert pq.read_table(contract.directory.parent.parent / path).num_rows == 2
 
 
 def test_a_mapped_and_an_entityless_view_go_the_whole_way(tmp_path: Path) -> None:
@@ -128,8 +128,9 @@ def test_a_mapped_and_an_entityless_view_go_the_whole_way(tmp_path: Path) -> Non
 def test_pulling_every_row_and_the_newest(store_and_contract: tuple[FeatureStore, ViewContract]) -> None:
     store, contract = store_and_contract
     push(contract, rows(contract, [{"id": 1, "at": n, "value": 1.5, "count": n} for n in range(5)]))
-    window = moment(1), moment(3)
-    everything = contract.feature_view.batch_source, ["id"], ["count"], "at", "made", *window
+    source = contract.feature_view.batch_source
+    assert source is not None
+    everything = source, ["id"], ["count"], "at", "made", moment(1), moment(3)
     job = HeadraceOfflineStore.pull_all_from_table_or_query(store.config, *everything)
     assert sorted(job.to_df()["count"]) == [1, 2, 3]
     job = HeadraceOfflineStore.pull_latest_from_table_or_query(store.config, *everything)

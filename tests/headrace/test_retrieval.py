@@ -242,10 +242,12 @@ def test_a_range_of_time_without_entities(tmp_path: Path) -> None:
     store, (one, two) = applied(tmp_path, None, view("one"), view("two", ttl=timedelta(microseconds=2)))
     push(one, rows(one, [{"id": 1, "at": n, "value": float(n), "count": n} for n in (0, 3, 6, 6, 20)]))
     push(two, rows(two, [{"id": 1, "at": 2, "count": 20}, {"id": 2, "at": 4, "count": 40}]))
-    found = store.get_historical_features(
+    job = store.get_historical_features(
         features=["one:count", "two:count"], full_feature_names=True, start_date=moment(1), end_date=moment(9)
-    ).to_df()
-    assert [
-        (int((row.event_timestamp - pd.Timestamp(moment(0))).value / 1000), row.id, row.one__count, row.two__count)
-        for row in found.astype(object).where(found.notna(), None).itertuples()
-    ] == [(2, 1, None, 20), (3, 1, 3, 20), (4, 2, None, 40), (6, 1, 6, None)]
+    )
+    assert [tuple(row.values()) for row in job.to_arrow().to_pylist()] == [
+        (moment(2), 1, None, 20),
+        (moment(3), 1, 3, 20),
+        (moment(4), 2, None, 40),
+        (moment(6), 1, 6, None),
+    ]

@@ -177,7 +177,9 @@ def test_newest_equals_the_oracle(contracts: list[ViewContract], data: st.DataOb
         )
         for key in {_key(contract, r) for _, r in ranked if low <= r["at"] <= high}
     }
-    only = data.draw(st.sets(st.sampled_from(sorted(expected)))) if expected and data.draw(st.booleans()) else None
+    only: set[tuple[Any, ...]] | None = None
+    if expected and data.draw(st.booleans()):
+        only = data.draw(st.sets(st.sampled_from(sorted(expected))))
     keys = None
     if only is not None and contract.join_keys:
         keys = rows(contract, [dict(zip(contract.join_keys, key, strict=True)) for key in only])
