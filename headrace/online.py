@@ -192,8 +192,12 @@ def _write_generic(store: FeatureStore, contract: ViewContract, table: pa.Table)
     """The newest row of each key by event and created time through Feast's own write, columns by the view's names."""
     view = contract.feature_view
     keys = {field.name: field.dtype.to_value_type() for field in view.entity_columns}
-    times = [(name, "ascending") for name in (contract.timestamp_field, contract.created_field) if name is not None]
-    ordered = table.take(pc.sort_indices(table, sort_keys=times, null_placement="at_start"))  # absent created is lowest
+    times = [
+        (name, "ascending", "at_start")
+        for name in (contract.timestamp_field, contract.created_field)
+        if name is not None
+    ]
+    ordered = table.take(pc.sort_indices(table, sort_keys=times))  # absent created is lowest
     ordered = ordered.rename_columns([contract.view_name(name) for name in ordered.schema.names])
     if not contract.join_keys:
         ordered = ordered.append_column(DUMMY_ENTITY_ID, pa.array([DUMMY_ENTITY_VAL] * len(ordered), pa.string()))

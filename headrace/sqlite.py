@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from feast import Entity, FeatureView, RepoConfig
 from feast.infra.online_stores.sqlite import SqliteOnlineStore, SqliteOnlineStoreConfig, _quote_id, _table_id
 
@@ -85,13 +86,16 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
         for start in range(0, len(by_key), size):
             if start > 0:
                 time.sleep(2 * _LOCK_POLL_S)  # for those who wait
-            chunk = by_key[start : start + size]
+            chunk = rows.take(np.array(by_key[start : start + size], dtype=np.int64))
             with self._transaction(config) as connection:
                 table.create_order(connection)
-                stored = table.orders(connection, [rows.keys[i] for i in chunk])
-                taken = [i for i in chunk if not is_older(rows.order[i], stored.get(rows.keys[i], b""))]
-                table.put(connection, rows, taken, stored)
-            written += len(taken)
+                stored = table.orders(connection, chunk.keys)
+                if stored:
+                    both = enumerate(zip(chunk.keys, chunk.order, strict=True))
+                    taken = [i for i, (key, order) in both if not is_older(order, stored.get(key, b""))]
+                    chunk = chunk.take(np.array(taken, dtype=np.int64))
+                table.put(connection, chunk, stored)
+            written += len(chunk)
         return written
 
     def read_stored(self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes]) -> StoredRows:
@@ -142,7 +146,8 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
                 if new is None:
                     table.delete(connection, [seen.keys[i] for i in taken])
                 else:
-                    table.put(connection, new, taken, table.orders(connection, [seen.keys[i] for i in taken]))
+                    rows = new.take(np.array(taken, dtype=np.int64))
+                    table.put(connection, rows, table.orders(connection, rows.keys))
         return done
 
     def server_ids(self, config: RepoConfig) -> tuple[str, ...]:
@@ -315,23 +320,17 @@ class _Table:
         values = {name: [cells.get((key, name), b"") for key in keys] for name in features}
         return StoredRows(list(keys), order, event_times(order), values)
 
-    def put(
-        self, connection: sqlite3.Connection, rows: EncodedRows, taken: Sequence[int], stored: Mapping[bytes, bytes]
-    ) -> None:
-        """Store these rows whole, whatever is stored; `stored` holds the keys that have something."""
-        keys = [rows.keys[i] for i in taken]
-        seconds = [_stock_seconds(rows.event_us[i]) for i in taken]
-        created = [None if (us := rows.created_us[i]) is None else _stock_seconds(us) for i in taken]
-        orders = [rows.order[i] for i in taken]
-        self._remove_retired(connection, rows.values, [key for key in keys if key in stored])
+    def put(self, connection: sqlite3.Connection, rows: EncodedRows, stored: Mapping[bytes, bytes]) -> None:
+        """Store these rows whole, whatever is stored; `stored` has the keys that hold something."""
+        seconds, created = _stock_seconds(rows.event_us), _stock_seconds(rows.created_us)
+        self._remove_retired(connection, rows.values, [key for key in rows.keys if key in stored])
         connection.executemany(
             f"INSERT INTO {self.order} (entity_key, ord, event_ts) VALUES (?, ?, ?) "
             "ON CONFLICT (entity_key) DO UPDATE SET ord = excluded.ord, event_ts = excluded.event_ts",
-            zip(keys, orders, seconds, strict=True),
+            zip(rows.keys, rows.order, seconds, strict=True),
         )
         connection.executemany(
-            self._upsert(list(rows.values)),
-            zip(keys, seconds, created, *([column[i] for i in taken] for column in rows.values.values()), strict=True),
+            self._upsert(list(rows.values)), zip(rows.keys, seconds, created, *rows.values.values(), strict=True)
         )
 
     def delete(self, connection: sqlite3.Connection, keys: Sequence[bytes]) -> None:
@@ -446,9 +445,12 @@ def _stock_order(seconds: int) -> bytes:
     return stock_order(int(moment.timestamp()) * 1_000_000)
 
 
-def _stock_seconds(us: int) -> int:
-    """A time as stock Feast stores it: the naive UTC time taken for local, in whole seconds. Its reader undoes that."""
-    seconds = us // 1_000_000
+def _stock_seconds(times_us: Sequence[int | None]) -> list[int | None]:
+    """Times as stock Feast stores them: naive UTC taken for local time, in whole seconds. Its reader undoes that."""
+    seconds = [None if us is None else us // 1_000_000 for us in times_us]
     if time.timezone == 0 and not time.daylight:
         return seconds
-    return int(datetime.fromtimestamp(seconds, tz=UTC).replace(tzinfo=None).timestamp())
+    return [
+        None if at is None else int(datetime.fromtimestamp(at, tz=UTC).replace(tzinfo=None).timestamp())
+        for at in seconds
+    ]

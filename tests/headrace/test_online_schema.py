@@ -9,7 +9,8 @@ from typing import Any, cast
 import pyarrow as pa
 import pytest
 import redis
-from feast import FeatureStore, Field
+from feast import FeatureStore, FeatureView, Field, FileSource
+from feast.data_format import ParquetFormat
 from feast.types import Float64, Int64, String
 
 from headrace.contract import ViewContract
@@ -120,3 +121,27 @@ def test_what_is_not_ours_in_redis_stays(tmp_path: Path, valkey: str, valkey_dat
     assert client.get(key + b"test") == b"mine"
     online_store(store).teardown(store.config, [two.feature_view], [])
     assert client.hgetall(key) == {b"mine": b"1"}
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "headrace.sqlite.HeadraceSqliteOnlineStore"])
+def test_mapped_fields_and_no_entity_in_any_store(tmp_path: Path, kind: str) -> None:
+    source = FileSource(
+        name="history",
+        path="data/plain",
+        file_format=ParquetFormat(),
+        timestamp_field="at",
+        created_timestamp_column="made",
+        field_mapping={"val": "value"},
+    )
+    shape = FeatureView(name="plain", entities=[], schema=[VALUE, COUNT], source=source)
+    store, (contract,) = applied(tmp_path, {"type": kind, "path": "data/online.db"}, ([], shape))
+    assert contract.features == ("val", "count")
+    older, newest, untimed = (
+        rows(contract, [{"val": float(at), "count": at if made else 9, "at": at, "made": made}])
+        for at, made in ((1, 1), (2, 1), (2, None))
+    )
+    assert write_online(store, contract, pa.concat_tables([older, newest, untimed])) == 1  # three chunks
+    answer = store.get_online_features(
+        features=["plain:value", "plain:count"], entity_rows=[{"__dummy_id": ""}]
+    ).to_dict()
+    assert (answer["value"], answer["count"]) == ([2.0], [2])
