@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -496,6 +497,7 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of the data sets; 1")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of a file")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that server and data go too
     folder = Path(tempfile.mkdtemp(prefix="headrace-stores-"))
     begun = time.monotonic()
     rows: list[Row] = []
