@@ -18,6 +18,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from headrace.contract import ViewContract
 from headrace.encode import Origin, Tails, encode_values, hash_tails, schema_id, stream_tails
@@ -249,6 +250,7 @@ class History:
         one_topic = len({s[:3] for s in streams}) == len({s[:2] for s in streams})
         self._ranked_from = len(places) - len(streams) if one_topic else len(places)
         con.execute(f"CREATE TEMP VIEW history AS {self._select(range(len(places)))}")
+        self._refuse_fractions()
 
     def column(self, name: str) -> str:
         """A column of the contract's schema in SQL."""
@@ -432,6 +434,29 @@ class History:
             f"FROM read_parquet([{listed}], schema = MAP {{{columns}}}, hive_partitioning = false)"
         )
 
+    def _refuse_fractions(self) -> None:
+        """Where a column of whole numbers is one of floats in a file: DuckDB would round what has a fraction."""
+        for number, field in enumerate(self._contract.schema):
+            if not pa.types.is_integer(field.type):
+                continue
+            paths = [
+                str(path) for _, path in self._places if field.name in _float_columns(path, path.stat().st_mtime_ns)
+            ]
+            if not paths:
+                continue
+            column, listed = _quoted(field.name), ", ".join(map(_text, paths))
+            found = self._con.execute(
+                f"SELECT filename, {column} FROM read_parquet([{listed}], hive_partitioning = false) "
+                f"WHERE {column} <> trunc({column}) LIMIT 1"
+            ).fetchone()
+            if found is not None:
+                msg = (
+                    f"feature view `{self._contract.name}`: {found[0]}: column `{field.name}` has {found[1]}, "
+                    f"which is no {self._types[number]}; give the field its former type again, "
+                    "or the new values a new field"
+                )
+                raise SchemaError(msg)
+
     def _execute(self, sql: str) -> None:
         with self._naming_casts():
             self._con.execute(sql)
@@ -488,6 +513,13 @@ def _stream_of(contract: ViewContract, path: Path) -> tuple[int, int, str, int] 
 def _accepted(path: Path) -> Offsets:
     """The offsets of a segment's rows; a segment never changes."""
     return read_accepted(path)
+
+
+@lru_cache(maxsize=16_384)
+def _float_columns(path: Path, mtime_ns: int) -> frozenset[str]:
+    """The columns of a file that hold floats."""
+    del mtime_ns  # part of the key: a file of somebody else may change
+    return frozenset(field.name for field in pq.read_schema(path) if pa.types.is_floating(field.type))
 
 
 def _present(columns: Sequence[str]) -> str:
