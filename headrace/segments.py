@@ -17,9 +17,10 @@ import socket
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +92,7 @@ class Footer:
             `retained` (rows that retention removed).
         successor: for a closed chain, the new topic's id and its start.
         extra: of a day, what the batch chain notes: content hash and the like; of what retention made, its horizon.
+        columns: what `columns_id` says of the file's columns; set when it is written.
     """
 
     next: int
@@ -106,6 +108,7 @@ class Footer:
     mark: str | None = None
     successor: tuple[str, int] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    columns: str | None = None
     version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -183,6 +186,21 @@ def parse_stream_chain(chain: str) -> tuple[str, int, int] | None:
         return None
     topic, partition, epoch = chain.removeprefix("stream-").rsplit("-", 2)
     return topic, int(partition), int(epoch)
+
+
+def columns_id(schema: pa.Schema) -> str:
+    """An id of column names, types and order, 16 hexadecimal digits: files that share it can be read as one table."""
+    columns = "\n".join(f"{column.name}:{_type_text(column.type)}" for column in schema)
+    return blake2b(columns.encode(), digest_size=8).hexdigest()
+
+
+def _type_text(kind: pa.DataType) -> str:
+    """A type as text; Parquet does not keep what Arrow calls the items of a list."""
+    if pa.types.is_list(kind):
+        return f"list<{_type_text(kind.value_type)}>"
+    if pa.types.is_struct(kind):
+        return f"struct<{','.join(f'{part.name}:{_type_text(part.type)}' for part in kind)}>"
+    return str(kind)
 
 
 def new_append_id() -> str:
@@ -454,7 +472,7 @@ def _write(
         with pq.ParquetWriter(sink, rows.schema, compression="zstd", store_schema=False) as writer:
             for chunk in chunks:
                 writer.write_table(chunk, row_group_size=ROWS_A_GROUP)
-            entries = {META.decode(): footer.to_json()}
+            entries = {META.decode(): replace(footer, columns=columns_id(rows.schema)).to_json()}
             ranges = accepted if isinstance(accepted, Ranges) or accepted is None else Ranges.of(accepted)
             if ranges is not None and ranges.count:
                 entries[ACCEPTED.decode()] = ranges.encode().decode()
