@@ -32,7 +32,7 @@ from tests.servers import Valkey
 OURS, STOCK = "ours", "stock"
 NARROW, WIDE = 3, 50
 MILLION = 1_000_000
-STOCK_LIMIT_S = 120.0
+STOCK_LIMIT_S = 90.0
 """Once the runs of stock in one row have taken this long, it runs no more: the whole must stay under half an hour."""
 OUR_APPENDS, STOCK_APPENDS = 30, 5
 BLOCKS, CALLS_A_BLOCK = 10, 100

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from headrace import faults
 
 PASSES = 3
@@ -107,6 +109,17 @@ def in_clean_process(target: str, *arguments: object) -> dict[str, Any]:
         raise AssertionError(done.stderr[-4000:])
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def show(config: pytest.Config, found: Mapping[str, Any]) -> None:
+    """Print points, runs and losses of each scenario, and of all: the steps that all share count once."""
+    lines = [(name, len(one["points"]), one["runs"], len(one["losses"])) for name, one in found.items()]
+    points = len({point for one in found.values() for point in one["points"]})
+    lines.append(("all", points, sum(line[2] for line in lines), sum(line[3] for line in lines)))
+    reporter: Any = config.pluginmanager.getplugin("terminalreporter")
+    reporter.write_line("\n" + f"{'killed in':<28}{'points':>8}{'runs':>8}{'losses':>8}")
+    for line in lines:
+        reporter.write_line("{:<28}{:>8}{:>8}{:>8}".format(*line))
 
 
 def _recorded(scenario: Scenario, prepared: Path, done: Path) -> list[str]:

@@ -34,7 +34,7 @@ from headrace.segments import (
     read_accepted,
     read_footer,
 )
-from tests.headrace.crashes import Scenario, explore, forked, in_clean_process
+from tests.headrace.crashes import Scenario, explore, forked, in_clean_process, show
 from tests.headrace.views import EPOCH_US, config, examples, rows, view
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -209,14 +209,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """What became of each scenario; points, runs and losses are shown at the end."""
     found = in_clean_process(f"{__name__}:every", tmp_path_factory.mktemp("crashes"))
     yield found
-    lines = [(name, len(one["points"]), one["runs"], len(one["losses"])) for name, one in found.items()]
-    lines.append(("all", len({p for one in found.values() for p in one["points"]}), *np.sum([x[2:] for x in lines], 0)))
-    plugins = request.config.pluginmanager
-    reporter = plugins.getplugin("terminalreporter")
-    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
-        reporter.write_line("")
-        for line in [("killed in", "points", "runs", "losses"), *lines]:
-            reporter.write_line("{:<28}{:>8}{:>8}{:>8}".format(*line))
+    show(request.config, found)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
