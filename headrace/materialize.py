@@ -7,11 +7,12 @@ compare-and-set.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from feast import FeatureStore
 
@@ -26,6 +27,8 @@ from headrace.segments import read_footer
 
 _TRIES = 10
 _LISTINGS = 5
+_WRITES = 2
+"""Chunks that are written at once: while one's last call is under way the server has the next one's first."""
 
 Progress = Callable[[int, int], None]
 Found = TypeVar("Found")
@@ -229,7 +232,7 @@ def apply_newest(
 ) -> tuple[int, int]:
     """Offer the newest row of each key of some files to the online store.
 
-    Reading and encoding a chunk overlap with the writing of the one before it.
+    Reading and encoding a chunk overlap with the writing of the ones before it.
 
     Returns:
         How many keys were offered, and how many were written.
@@ -237,32 +240,32 @@ def apply_newest(
     if not files:
         return 0, 0
     target = online_store(store)
+    at_once = _WRITES if isinstance(target, NewestWinsStore) else 1  # another store may not be made for threads
     done = written = 0
     limit = getattr(store.config.offline_store, "memory_limit", None)
-    with newest(contract, files, window or Window(), memory_limit=limit) as rows, ThreadPoolExecutor(1) as pool:
-        writing = None
+    with newest(contract, files, window or Window(), memory_limit=limit) as rows, ThreadPoolExecutor(at_once) as pool:
+        writing: deque[tuple[Future[int], int]] = deque()
+
+        def finish() -> None:
+            nonlocal done, written
+            write, count = writing.popleft()
+            written += write.result()
+            done += count
+            if progress is not None:
+                progress(done, rows.keys)
+
         for table, tails in rows:
-            work: Callable[[], int]
+            if len(writing) == at_once:
+                finish()
             if isinstance(target, NewestWinsStore):
                 encoded = encode(contract, table, tails)
-                work = _bound(target.write_newest, store.config, contract.feature_view, encoded)
+                write = pool.submit(target.write_newest, store.config, contract.feature_view, encoded)
             else:
-                work = _bound(write_online, store, contract, table)
-            if writing is not None:
-                written += writing.result()
-                if progress is not None:
-                    progress(done, rows.keys)
-            writing = pool.submit(work)
-            done += table.num_rows
-        if writing is not None:
-            written += writing.result()
-        if progress is not None:
-            progress(done, rows.keys)
+                write = pool.submit(write_online, store, contract, table)
+            writing.append((write, table.num_rows))
+        while writing:
+            finish()
     return done, written
-
-
-def _bound(function: Callable[..., int], *arguments: Any) -> Callable[[], int]:
-    return lambda: function(*arguments)
 
 
 def _arrived(contract: ViewContract, mark: Mark | None) -> tuple[Holdings, Arrived]:
