@@ -154,9 +154,9 @@ class Cut:
     def judge(self, *, progress: Progress | None = None) -> Iterator[Verdicts]:
         """Every key with a row offline, then those that are online alone; in chunks, memory bounded."""
         done = 0
-        with connection(self._limit) as known:
+        with connection(self.limit) as known:
             known.execute("CREATE TABLE keys (key BLOB, is_offline BOOLEAN)")
-            with newest(self._contract, self.holdings.all_paths, memory_limit=self._limit) as rows:
+            with newest(self._contract, self.holdings.all_paths, memory_limit=self.limit) as rows:
                 for table, tails in rows:
                     latest = encode(self._contract, table, tails)
                     _insert(known, latest.keys, is_offline=True)
@@ -175,7 +175,8 @@ class Cut:
                 yield Verdicts([self._without_row(stored, i) for i in range(len(stored.keys))], stored, None)
 
     @property
-    def _limit(self) -> str | None:
+    def limit(self) -> str | None:
+        """How much memory DuckDB may use."""
         return getattr(self._store.config.offline_store, "memory_limit", None)
 
     def _read(self, keys: Sequence[bytes]) -> StoredRows:
@@ -229,7 +230,7 @@ class Cut:
             return set()
         keys = table.select(list(self._contract.join_keys)).take(pa.array(wrong))
         waiting: set[tuple[bytes, bytes]] = set()
-        with newest(self._contract, self._pending, memory_limit=self._limit, keys=keys) as rows:
+        with newest(self._contract, self._pending, memory_limit=self.limit, keys=keys) as rows:
             for chunk, tails in rows:
                 encoded = encode(self._contract, chunk, tails)
                 waiting.update(zip(encoded.keys, encoded.order, strict=True))

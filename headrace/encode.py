@@ -48,10 +48,6 @@ class Origin:
     partition: int
     offsets: Int64s
 
-    def take(self, rows: Int64s) -> Origin:
-        """The origin of these rows alone."""
-        return Origin(self.epoch, self.partition, self.offsets[rows])
-
 
 @dataclass(frozen=True)
 class EncodedRows:

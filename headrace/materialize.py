@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from feast import FeatureStore
 
@@ -22,17 +21,14 @@ from headrace.encode import encode
 from headrace.errors import TransientError
 from headrace.faults import reached
 from headrace.online import Mark, NewestWinsStore, online_store, write_online
-from headrace.scan import Window, newest
+from headrace.scan import Window, newest, reading
 from headrace.segments import read_footer
 
 _TRIES = 10
-_LISTINGS = 5
 _WRITES = 2
 """Chunks that are written at once: while one's last call is under way the server has the next one's first."""
 
 Progress = Callable[[int, int], None]
-Found = TypeVar("Found")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -163,7 +159,7 @@ def materialize_arrived(
     target = online_store(store)
     for _ in range(_TRIES):
         mark = target.read_mark(store.config, contract.feature_view) if isinstance(target, NewestWinsStore) else None
-        found, arrived, (keys, written) = _reading(
+        found, arrived, (keys, written) = reading(
             lambda: _arrived(contract, mark),  # noqa: B023 - called in this turn of the loop
             lambda now: now[1].paths,
             lambda now: (*now, apply_newest(store, contract, now[1].paths, progress=progress)),
@@ -190,7 +186,7 @@ def materialize_window(
         How many keys were offered, and how many were written.
     """
     folder = Folder.of(contract)
-    return _reading(
+    return reading(
         folder.files,
         lambda files: files,
         lambda files: apply_newest(store, contract, files, window, progress=progress),
@@ -285,17 +281,3 @@ def _holds(contract: ViewContract, mark: Mark) -> bool:
     known = mark.get("types", {})
     same = all(known.get(name) == kind for name, kind in _types(contract).items())
     return same and list(mark["join_keys"]) == list(contract.join_keys)
-
-
-def _reading(
-    find: Callable[[], Found], files_of: Callable[[Found], Sequence[Path]], work: Callable[[Found], Result]
-) -> Result:
-    """Find files and work on them; where one of them was removed meanwhile (a new snapshot, a merge), do so again."""
-    for attempt in range(_LISTINGS):
-        found = find()
-        try:
-            return work(found)
-        except Exception:
-            if attempt == _LISTINGS - 1 or all(path.exists() for path in files_of(found)):
-                raise
-    raise AssertionError  # the loop returns or raises

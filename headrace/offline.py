@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar
 
-import duckdb
 import ibis
 import pandas as pd
 import pyarrow as pa
@@ -52,12 +51,12 @@ from headrace.scan import (
     moments,
     newest_rows,
     point_in_time,
+    reading,
     rows_within,
 )
 from headrace.segments import parse_name
 
 _SHOWN_REJECTS = 5
-_LISTINGS = 5
 
 Result = TypeVar("Result")
 
@@ -170,7 +169,7 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
             rows = newest_rows(contract, files, Window(start_date, end_date), memory_limit=limit)
             return _pulled(rows, columns, dummy=not join_key_columns)
 
-        return HeadraceRetrievalJob(lambda: _reading(lambda: _files_at(contract.directory), run), config)
+        return HeadraceRetrievalJob(lambda: _with_files(contract.directory, run), config)
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -209,7 +208,7 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
                 rows = contract.schema.empty_table() if contract is not None else pa.table({})
             return _pulled(rows, columns, dummy=contract is not None and not join_key_columns)
 
-        return HeadraceRetrievalJob(lambda: _reading(lambda: _files_at(directory_of(data_source, config)), run), config)
+        return HeadraceRetrievalJob(lambda: _with_files(directory_of(data_source, config), run), config)
 
     @staticmethod
     def get_historical_features(  # type: ignore[override]
@@ -330,9 +329,7 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
 def latest(store: FeatureStore, contract: ViewContract) -> pa.Table:
     """The newest row of each key of everything offline, by the total order. What the online store should serve."""
     limit = getattr(store.config.offline_store, "memory_limit", None)
-    return _reading(
-        lambda: _files_at(contract.directory), lambda files: newest_rows(contract, files, memory_limit=limit)
-    )
+    return _with_files(contract.directory, lambda files: newest_rows(contract, files, memory_limit=limit))
 
 
 @dataclass(frozen=True)
@@ -372,7 +369,7 @@ class _AskedView:
 
     def reading(self, work: Callable[[list[Path]], Result]) -> Result:
         """Work on the files of the history."""
-        return _reading(lambda: _files_at(self.contract.directory), work)
+        return _with_files(self.contract.directory, work)
 
     def typed(self, entities: pa.Table, time: str) -> pa.Table:
         """The entities' keys, named and typed as in the history, and their times.
@@ -439,16 +436,9 @@ def _files_at(path: Path) -> list[Path]:
     return found
 
 
-def _reading(find: Callable[[], list[Path]], work: Callable[[list[Path]], Result]) -> Result:
-    """Work on files; where one of them was removed meanwhile (a new snapshot, a merge), list them again."""
-    for attempt in range(_LISTINGS):
-        files = find()
-        try:
-            return work(files)
-        except (duckdb.Error, OSError):
-            if attempt == _LISTINGS - 1 or all(path.exists() for path in files):
-                raise
-    raise AssertionError  # the loop returns or raises
+def _with_files(directory: Path, work: Callable[[list[Path]], Result]) -> Result:
+    """Work on the files that are there; see `headrace.scan.reading`."""
+    return reading(lambda: _files_at(directory), lambda files: files, work)
 
 
 def _wanted(keys: Sequence[str], features: Sequence[str], timestamp: str, created: str | None) -> list[str]:

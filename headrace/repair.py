@@ -104,7 +104,7 @@ def withdraw(store: FeatureStore, contract: ViewContract, rows: pa.Table) -> Cou
     if not hit:
         return taken
     seen = stored.take(np.array(hit, dtype=np.int64))
-    latest = _latest(store, contract, cut, rows)
+    latest = _latest(contract, cut, rows)
     place = {key: i for i, key in enumerate(latest.keys)}
     kept = np.array([i for i, key in enumerate(seen.keys) if key in place], dtype=np.int64)
     lost = np.array([i for i, key in enumerate(seen.keys) if key not in place], dtype=np.int64)
@@ -128,11 +128,10 @@ def _mend(store: FeatureStore, contract: ViewContract, verdicts: Verdicts, wrong
     return target.replace_exact(store.config, contract.feature_view, verdicts.stored.take(rows), latest)
 
 
-def _latest(store: FeatureStore, contract: ViewContract, cut: Cut, rows: pa.Table) -> EncodedRows:
+def _latest(contract: ViewContract, cut: Cut, rows: pa.Table) -> EncodedRows:
     """The newest offline row of each key of some rows that has one."""
     keys = rows.select(list(contract.join_keys))
-    limit = getattr(store.config.offline_store, "memory_limit", None)
-    with newest(contract, cut.holdings.all_paths, memory_limit=limit, keys=keys) as found:
+    with newest(contract, cut.holdings.all_paths, memory_limit=cut.limit, keys=keys) as found:
         chunks = list(found)
     tables = [table for table, _ in chunks] or [contract.schema.empty_table()]
     tails = np.concatenate([tails for _, tails in chunks]) if chunks else np.empty((0, 17), dtype=np.uint8)

@@ -8,12 +8,13 @@ places of the winners by keys, times and places alone; the few that still tie ar
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import duckdb
 import numpy as np
@@ -34,7 +35,11 @@ from headrace.segments import (
     time_bounds,
 )
 
+Found = TypeVar("Found")
+Result = TypeVar("Result")
+
 ROWS_A_CHUNK = 100_000
+_READINGS = 5
 DEFAULT_MEMORY_LIMIT = "50%"
 """Of the machine's memory: what Feast and the caller make of a result needs the other half."""
 
@@ -273,6 +278,8 @@ class History:
     def find_newest(self, window: Window, keys: pa.Table | None) -> int:
         """Find the newest row of each key, or of these keys alone; return how many there are."""
         same = ", ".join(self._keys)
+        if not self._contract.join_keys:
+            keys = None  # all rows are of the one key there is
         if keys is not None:
             self._con.register("wanted", keys.select(self._contract.join_keys).rename_columns(self._keys))
         self._execute(
@@ -486,6 +493,20 @@ class History:
                 "give the field its former type again, or the new values a new field"
             )
             raise SchemaError(msg) from error
+
+
+def reading(
+    find: Callable[[], Found], files_of: Callable[[Found], Sequence[Path]], work: Callable[[Found], Result]
+) -> Result:
+    """Find files and work on them; where one of them was removed meanwhile (a new snapshot, a merge), do so again."""
+    for attempt in range(_READINGS):
+        found = find()
+        try:
+            return work(found)
+        except Exception:
+            if attempt == _READINGS - 1 or all(path.exists() for path in files_of(found)):
+                raise
+    raise AssertionError  # the loop returns or raises
 
 
 def timestamp_literal(moment: datetime) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import redis
-from feast import FeatureStore
+from feast import FeatureStore, FeatureView
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,7 @@ from headrace.materialize import materialize_arrived
 from headrace.online import NewestWinsStore, online_store, write_online
 from headrace.repair import repair, withdraw
 from tests.headrace.test_online import clear, served
-from tests.headrace.views import applied, examples, redis_online, rows, sqlite_online
+from tests.headrace.views import applied, examples, redis_online, rows, sqlite_online, view
 
 TOPIC = "stats"
 
@@ -190,6 +190,21 @@ def test_rows_that_a_day_no_longer_has_leave_the_online_store(place: tuple[Featu
     assert values == [1.0, None, 3.0]
     assert withdraw(store, contract, rows(contract, [row(1, 20, 2.0)])) == Counter()
     assert faults_of(audit(store, contract)) == {}
+
+
+def test_a_view_without_an_entity(tmp_path: Path) -> None:
+    whole = view()[1]
+    alone = FeatureView(name="stats", entities=[], ttl=timedelta(0), schema=whole.features, source=whole.stream_source)
+    store, (contract,) = applied(tmp_path, sqlite_online(), ([], alone))
+    day = date(2026, 1, 1)
+    first, second = ({"at": at, "made": at, "value": float(at), "count": at} for at in (1, 2))
+    replace_day(contract, day, rows(contract, [first, second]))
+    assert faults_of(audit(store, contract)) == {Kind.PENDING: 1}
+    materialize_arrived(store, contract)
+    assert audit(store, contract).counts == {Kind.EQUAL: 1}
+    replace_day(contract, day, rows(contract, [first]))
+    assert withdraw(store, contract, rows(contract, [second])) == {Kind.AHEAD: 1, Kind.EXTRA: 0}
+    assert served(store, contract, [{"__dummy_id": ""}]) == [{"value": 1.0, "count": 1}]
 
 
 ACTIONS = st.lists(st.tuples(st.sampled_from("sswpdxlomr"), st.integers(0, 4), st.integers(0, 6)), max_size=14)
