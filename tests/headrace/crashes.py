@@ -117,9 +117,11 @@ def show(config: pytest.Config, found: Mapping[str, Any]) -> None:
     points = len({point for one in found.values() for point in one["points"]})
     lines.append(("all", points, sum(line[2] for line in lines), sum(line[3] for line in lines)))
     reporter: Any = config.pluginmanager.getplugin("terminalreporter")
-    reporter.write_line("\n" + f"{'killed in':<28}{'points':>8}{'runs':>8}{'losses':>8}")
-    for line in lines:
-        reporter.write_line("{:<28}{:>8}{:>8}{:>8}".format(*line))
+    capture: Any = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        reporter.write_line("\n" + f"{'killed in':<28}{'points':>8}{'runs':>8}{'losses':>8}")
+        for line in lines:
+            reporter.write_line("{:<28}{:>8}{:>8}{:>8}".format(*line))
 
 
 def _recorded(scenario: Scenario, prepared: Path, done: Path) -> list[str]:
