@@ -33,6 +33,7 @@ from headrace.online import NewestWinsStore, StoredRows, online_store
 from headrace.retain import horizon_us
 from headrace.scan import connection, newest
 from headrace.segments import parse_stream_chain
+from headrace.values import to_list
 
 EXAMPLES = 5
 KEYS_A_READ = 10_000
@@ -184,7 +185,7 @@ class Cut:
 
     def _compare(self, table: pa.Table, latest: EncodedRows, stored: StoredRows) -> list[Kind]:
         kinds = [Kind.EQUAL] * len(latest)
-        columns = [(values, stored.values[name]) for name, values in latest.values.items()]
+        columns = [(to_list(values), stored.values[name]) for name, values in latest.values.items()]
         unlike = [ours != theirs for ours, theirs in zip(latest.event_us, stored.event_us, strict=True)]
         for ours, theirs in columns:
             if ours != theirs:
@@ -285,7 +286,7 @@ def _example(config: RepoConfig, contract: ViewContract, verdicts: Verdicts, i: 
             for name, value in zip(key.join_keys, key.entity_values, strict=True)
             if contract.join_keys
         },
-        offline=None if latest is None else {name: _python(latest.values[name][i]) for name in names},
+        offline=None if latest is None else {name: _python(latest.values[name][i].as_py()) for name in names},
         online={name: _python(stored.values[name][i]) for name in names} if here else None,
         offline_time=None if latest is None else _time(latest.event_us[i]),
         online_time=_time(stored.event_us[i]),

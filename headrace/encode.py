@@ -58,14 +58,14 @@ class EncodedRows:
         order: what decides which value is newest, `ORDER_BYTES` each; greater is newer.
         event_us: event times, microseconds since the epoch.
         created_us: created times likewise; None where absent.
-        values: serialized values by feature name; empty bytes are null.
+        values: serialized values by feature name, `large_binary` without nulls; empty bytes are null.
     """
 
     keys: list[bytes]
     order: list[bytes]
     event_us: list[int]
     created_us: list[int | None]
-    values: Mapping[str, list[bytes]]
+    values: Mapping[str, pa.Array]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -78,7 +78,7 @@ class EncodedRows:
             [self.order[i] for i in at],
             [self.event_us[i] for i in at],
             [self.created_us[i] for i in at],
-            {name: [column[i] for i in at] for name, column in self.values.items()},
+            {name: column.take(pa.array(rows, pa.int64())) for name, column in self.values.items()},
         )
 
 
@@ -111,11 +111,11 @@ def encode_each(contract: ViewContract, table: pa.Table, tails: Tails | None = N
     values = {contract.view_name(name): _serialized(contract, table, name) for name in contract.features}
     tails = np.zeros((table.num_rows, 17), dtype=np.uint8) if tails is None else tails
     return EncodedRows(
-        keys=to_list(_keys(contract, table)),
+        keys=to_list(encode_keys(contract, table)),
         order=order_keys(event, created, has_created, _with_hashes(tails, values, schema_id(contract.feature_view))),
         event_us=event.tolist(),
         created_us=known.tolist(),
-        values={name: to_list(column) for name, column in values.items()},
+        values={name: column.fill_null(b"") for name, column in values.items()},
     )
 
 
@@ -153,9 +153,13 @@ def stream_tails(origin: Origin) -> npt.NDArray[np.uint8]:
     return out
 
 
-def hash_tails(values: Mapping[str, Sequence[bytes]], schema: bytes) -> Tails:
-    """Kind 0, the schema's id, and a 96-bit hash of the encoded values: Feast gives no better tie-break."""
-    columns = {name: pa.array([value or None for value in column], BINARY) for name, column in values.items()}
+def hash_tails(values: Mapping[str, pa.Array], schema: bytes) -> Tails:
+    """Kind 0, the schema's id, and a 96-bit hash of the encoded values: Feast gives no better tie-break.
+
+    Args:
+        values: by feature, `large_binary`; empty bytes are null.
+    """
+    columns = {name: pc.if_else(pc.equal(pc.binary_length(c), 0), None, c) for name, c in values.items()}
     return _with_hashes(np.zeros((len(next(iter(columns.values()))), 17), dtype=np.uint8), columns, schema)
 
 
@@ -199,17 +203,28 @@ def _with_hashes(tails: Tails, values: Mapping[str, pa.Array], schema: bytes) ->
     return out
 
 
-def encode_keys(contract: ViewContract, table: pa.Table) -> list[bytes]:
+def encode_keys(contract: ViewContract, table: pa.Table) -> pa.Array:
     """Serialized entity keys, equal to Feast's `serialize_entity_key(..., entity_key_serialization_version=3)`.
+
+    `large_binary`, without nulls.
 
     Raises:
         SchemaError: a join key is null.
     """
-    return to_list(_keys(contract, table))
+    columns = {contract.view_name(name): name for name in contract.join_keys}
+    header = struct.pack("<I", max(len(columns), 1))
+    for name in sorted(columns) or [DUMMY_ENTITY_ID]:
+        header += struct.pack("<II", ValueTypeProto.STRING, len(name.encode())) + name.encode()
+    if not columns:  # Feast gives the one row of such a view an empty text for its key
+        header += struct.pack("<II", ValueTypeProto.STRING, 0)
+    pieces = [_key_piece(contract, table, columns[name]) for name in sorted(columns)]
+    return joined([pa.repeat(pa.scalar(header, BINARY), table.num_rows), *pieces])
 
 
-def encode_values(contract: ViewContract, table: pa.Table, feature: str) -> list[bytes]:
+def encode_values(contract: ViewContract, table: pa.Table, feature: str) -> pa.Array:
     """One feature's values, equal to `ValueProto.SerializeToString()` of what Feast makes of them; empty is null.
+
+    `large_binary`, without nulls.
 
     Where Feast has none or several answers, `headrace.values` says what is meant.
 
@@ -219,10 +234,10 @@ def encode_values(contract: ViewContract, table: pa.Table, feature: str) -> list
     Raises:
         SchemaError: a value cannot be served.
     """
-    return to_list(_serialized(contract, table, feature))
+    return _serialized(contract, table, feature).fill_null(b"")
 
 
-def encode_timestamps(event_us: Sequence[int]) -> list[bytes]:
+def encode_timestamps(event_us: Sequence[int]) -> pa.Array:
     """`google.protobuf.Timestamp` of each time, serialized: seconds in field 1, nanoseconds in 2, zeros left out."""
     seconds, micros = np.divmod(np.asarray(event_us, dtype=np.int64), 1_000_000)
     empty = pa.scalar(b"", BINARY)
@@ -230,7 +245,7 @@ def encode_timestamps(event_us: Sequence[int]) -> list[bytes]:
         pc.if_else(pa.array(numbers != 0), varints(numbers, tag), empty)
         for tag, numbers in ((b"\x08", seconds), (b"\x10", micros * 1000))
     ]
-    return to_list(joined(fields))
+    return joined(fields)
 
 
 def _serialized(contract: ViewContract, table: pa.Table, feature: str) -> pa.Array:
@@ -262,7 +277,7 @@ def _key_codes(contract: ViewContract, table: pa.Table) -> Int64s | None:
         _refuse_nulls(contract, column, contract.join_keys[0])
         numbers = _key_numbers(column)
     if numbers is None:
-        encoded = _keys(contract, table).dictionary_encode()
+        encoded = encode_keys(contract, table).dictionary_encode()
         numbers = encoded.indices.to_numpy().astype(np.int64)
         return None if len(encoded.dictionary) == table.num_rows else numbers
     ascending = np.sort(numbers)
@@ -289,18 +304,6 @@ def _array(table: pa.Table, name: str) -> pa.Array:
     if isinstance(combined, pa.ChunkedArray):
         return combined.chunk(0) if combined.num_chunks else pa.nulls(0, combined.type)
     return combined
-
-
-def _keys(contract: ViewContract, table: pa.Table) -> pa.Array:
-    """The serialized key of each row."""
-    columns = {contract.view_name(name): name for name in contract.join_keys}
-    header = struct.pack("<I", max(len(columns), 1))
-    for name in sorted(columns) or [DUMMY_ENTITY_ID]:
-        header += struct.pack("<II", ValueTypeProto.STRING, len(name.encode())) + name.encode()
-    if not columns:  # Feast gives the one row of such a view an empty text for its key
-        header += struct.pack("<II", ValueTypeProto.STRING, 0)
-    pieces = [_key_piece(contract, table, columns[name]) for name in sorted(columns)]
-    return joined([pa.repeat(pa.scalar(header, BINARY), table.num_rows), *pieces])
 
 
 def _key_piece(contract: ViewContract, table: pa.Table, name: str) -> pa.Array:

@@ -31,7 +31,7 @@ from headrace.encode import (
     schema_id,
     stream_tails,
 )
-from headrace.values import canonical
+from headrace.values import BINARY, canonical
 
 FeastRow = tuple[EntityKeyProto, dict[str, ValueProto], datetime, datetime | None]
 """A row as Feast hands it to `OnlineStore.online_write_batch`."""
@@ -156,7 +156,9 @@ def server_ids(store: FeatureStore) -> tuple[str, ...]:
 def encode_feast_rows(config: RepoConfig, view: FeatureView, data: Sequence[FeastRow]) -> EncodedRows:
     """Rows of Feast's own interface, encoded; the newest of each key. Naive times are UTC, as Feast means them."""
     names = [feature.name for feature in view.features]
-    values = {name: [canonical(row[1][name]) if name in row[1] else b"" for row in data] for name in names}
+    values = {
+        name: pa.array([canonical(row[1][name]) if name in row[1] else b"" for row in data], BINARY) for name in names
+    }
     event = np.array([_microseconds(row[2]) for row in data], dtype=np.int64)
     created = [None if pd.isnull(row[3]) else _microseconds(row[3]) for row in data]
     order = order_keys(

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from feast import Entity, FeatureView, RepoConfig
 from feast.infra.online_stores.helpers import _mmh3, _redis_key_prefix
 from feast.infra.online_stores.redis import (
@@ -33,11 +34,11 @@ from redis.exceptions import NoScriptError, RedisError
 
 from headrace import redis_scripts as scripts
 from headrace import registry as _registry  # noqa: F401 - resolves relative registries
-from headrace.encode import ORDER_BYTES, EncodedRows, encode_timestamps, is_older
+from headrace.encode import ORDER_BYTES, EncodedRows, Int64s, encode_timestamps, is_older
 from headrace.errors import TransientError
 from headrace.online import FeastRow, Mark, StoredRows, encode_feast_rows, event_times, feature_types, stock_order
 from headrace.resp import as_bytes, commands
-from headrace.values import BINARY, joined
+from headrace.values import BINARY, joined, to_list
 
 _CALLS_AT_ONCE = 2  # the server works on one while the next is packed
 _KEYS_A_CALL = 200  # a server looks a watched key up among all those that are watched already
@@ -94,13 +95,13 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
 
         `key_ttl_seconds` begins anew with a newer row, not with the same one again.
         """
-        columns = [rows.order, encode_timestamps(rows.event_us), *rows.values.values()]
+        columns = [pa.array(rows.order, BINARY), encode_timestamps(rows.event_us), *rows.values.values()]
         features, hashes = list(rows.values), _hashes(config, rows.keys)
         if config.online_store.redis_type == RedisType.redis_cluster:
             return sum(self._run(config, view, scripts.WRITE, features, hashes, columns))
         with _naming(config, view):
             client, head = self._get_client(config.online_store), self._head(config, view, features)
-            blocks = _chunks(len(rows), columns, _ROWS_A_BLOCK, _BYTES_A_BLOCK)
+            blocks = _chunks(_sizes(len(rows), columns), _ROWS_A_BLOCK, _BYTES_A_BLOCK)
             return sum(_at_once(lambda one: _write_block(client, head, hashes[one], [c[one] for c in columns]), blocks))
 
     def read_stored(self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes]) -> StoredRows:
@@ -127,12 +128,13 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         self, config: RepoConfig, view: FeatureView, seen: StoredRows, new: EncodedRows | None
     ) -> list[bool]:
         """See `NewestWinsStore`. Atomic by row. After a lost reply what was done may be reported as not done."""
-        nothing = [b""] * len(seen)
-        columns = [[order or b"" for order in seen.order], *seen.values.values()]
+        orders = [order or b"" for order in seen.order]
+        columns = [pa.array(column, BINARY) for column in (orders, *seen.values.values())]
         if new is None:
-            columns += [nothing] * (2 + len(seen.values))
+            columns += [pa.array([b""] * len(seen), BINARY)] * (2 + len(seen.values))
         else:
-            columns += [new.order, encode_timestamps(new.event_us), *(new.values[name] for name in seen.values)]
+            columns += [pa.array(new.order, BINARY), encode_timestamps(new.event_us)]
+            columns += [new.values[name] for name in seen.values]
         replies = self._run(config, view, scripts.REPLACE, list(seen.values), _hashes(config, seen.keys), columns)
         return [bool(done) for reply in replies for done in reply]
 
@@ -220,21 +222,21 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         script: str,
         features: Sequence[str],
         keys: Sequence[bytes],
-        columns: Sequence[Sequence[bytes]] = (),
+        columns: Sequence[pa.Array] = (),
         width: int = 1,
     ) -> Iterator[Any]:
         """Call a script on these keys, in chunks; yields the replies.
 
         Args:
             features: whose fields the script is given.
-            columns: what the script is given for each key, aligned with the keys.
+            columns: what the script is given for each key, aligned with the keys; `large_binary`.
             width: how many values a key has in the reply.
         """
         is_cluster = config.online_store.redis_type == RedisType.redis_cluster
         call = _call_each if is_cluster else _call_chunk
         with _naming(config, view):
             client, head = self._get_client(config.online_store), self._head(config, view, features)
-            chunks = _calls(len(keys), columns, max(len(columns), width))
+            chunks = _calls(_sizes(len(keys), columns), max(len(columns), width))
             for replies in _at_once(
                 lambda one: call(client, script, head, keys[one], [column[one] for column in columns]), chunks
             ):
@@ -259,7 +261,7 @@ def _at_once(do: Callable[[slice], Result], chunks: Iterable[slice]) -> Iterator
         yield from pool.map(do, waiting)
 
 
-def _write_block(client: Any, head: Sequence[bytes], keys: Sequence[bytes], columns: Sequence[Sequence[bytes]]) -> int:
+def _write_block(client: Any, head: Sequence[bytes], keys: Sequence[bytes], columns: Sequence[pa.Array]) -> int:
     """Transaction by transaction; where one comes to nothing, whatever the reason, by a call of the script instead.
 
     Returns:
@@ -267,7 +269,7 @@ def _write_block(client: Any, head: Sequence[bytes], keys: Sequence[bytes], colu
     """
     packed, written = _PackedWrites.of(head, keys, columns), 0
     with _connection(client) as connection:
-        for chunk in _calls(len(keys), columns, len(columns)):
+        for chunk in _calls(_sizes(len(keys), columns), len(columns)):
             done = _transact(connection, packed, keys[chunk], columns[0][chunk], chunk)
             if done is None:
                 (done,) = _call_chunk(client, scripts.WRITE, head, keys[chunk], [column[chunk] for column in columns])
@@ -292,10 +294,10 @@ class _PackedWrites:
     expires: pa.Array | None
 
     @classmethod
-    def of(cls, head: Sequence[bytes], keys: Sequence[bytes], columns: Sequence[Sequence[bytes]]) -> _PackedWrites:
+    def of(cls, head: Sequence[bytes], keys: Sequence[bytes], columns: Sequence[pa.Array]) -> _PackedWrites:
         """Pack them; see `_run` for the arguments."""
         ts_field, own_field, ttl, fields, retired = head
-        key, order, ts, *values = (pa.array(column, BINARY) for column in (keys, *columns))
+        key, (order, ts, *values) = pa.array(keys, BINARY), columns
         pairs = [ts_field, ts, own_field, joined([order, ts])]
         for field, column in zip(_names(fields), values, strict=True):
             pairs += [field, column]
@@ -308,7 +310,7 @@ class _PackedWrites:
 
 
 def _transact(
-    connection: Any, packed: _PackedWrites, keys: Sequence[bytes], orders: Sequence[bytes], chunk: slice
+    connection: Any, packed: _PackedWrites, keys: Sequence[bytes], orders: pa.Array, chunk: slice
 ) -> int | None:
     """What the script `WRITE` does, by commands of the server's own: at half the cost, and all rows or none.
 
@@ -325,7 +327,7 @@ def _transact(
         _, existing = _ask(connection, [*pack(b"WATCH", *keys), *pack(b"EXISTS", *keys)], 2)
         if existing:
             stored = _ask(connection, [as_bytes(packed.reads[chunk])], len(keys))
-            writing, renewing = map(list, zip(*map(_fate, stored, orders), strict=True))
+            writing, renewing = map(list, zip(*map(_fate, stored, orders.to_pylist()), strict=True))
         changes = [
             commands_of[chunk].filter(pa.array(rows))
             for commands_of, rows in ((packed.writes, writing), (packed.removes, writing), (packed.expires, renewing))
@@ -370,18 +372,18 @@ def _ask(connection: Any, packets: Sequence[Any], replies: int) -> list[Any]:
 
 
 def _call_chunk(
-    client: Any, script: str, head: Sequence[Any], keys: Sequence[bytes], columns: Sequence[Sequence[bytes]]
+    client: Any, script: str, head: Sequence[Any], keys: Sequence[bytes], columns: Sequence[pa.Array]
 ) -> list[Any]:
     """One call for all keys. The script is loaded where the server does not have it."""
-    arguments = [value for row in zip(*columns, strict=True) for value in row]
+    arguments = [value for row in zip(*map(to_list, columns), strict=True) for value in row]
     return [client.register_script(script)(keys=keys, args=[*head, *arguments])]
 
 
 def _call_each(
-    client: Any, script: str, head: Sequence[Any], keys: Sequence[bytes], columns: Sequence[Sequence[bytes]]
+    client: Any, script: str, head: Sequence[Any], keys: Sequence[bytes], columns: Sequence[pa.Array]
 ) -> list[Any]:
     """A call a key, pipelined. Only those that found no script are called again, once it is loaded everywhere."""
-    rows = list(zip(*columns, strict=True)) if columns else [()] * len(keys)
+    rows = list(zip(*map(to_list, columns), strict=True)) if columns else [()] * len(keys)
     sha = client.register_script(script).sha
     replies: list[Any] = [None] * len(keys)
     waiting: Sequence[int] = range(len(keys))
@@ -406,18 +408,20 @@ def _names(fields: bytes) -> list[bytes]:
     return [fields[at : at + 4] for at in range(0, len(fields), 4)]
 
 
-def _calls(rows: int, columns: Sequence[Sequence[bytes]], width: int) -> Iterator[slice]:
+def _sizes(rows: int, columns: Sequence[pa.Array]) -> Int64s:
+    """How many bytes each row has."""
+    return sum((pc.binary_length(column).to_numpy() for column in columns), start=np.zeros(rows, dtype=np.int64))
+
+
+def _calls(sizes: Int64s, width: int) -> Iterator[slice]:
     """Slices of rows that are worth a call each: bounded, so that readers need not wait."""
-    return _chunks(rows, columns, max(1, min(_KEYS_A_CALL, _ARGUMENTS_A_CALL // (1 + width))), _BYTES_A_CALL)
+    return _chunks(sizes, max(1, min(_KEYS_A_CALL, _ARGUMENTS_A_CALL // (1 + width))), _BYTES_A_CALL)
 
 
-def _chunks(rows: int, columns: Sequence[Sequence[bytes]], most: int, most_bytes: int) -> Iterator[slice]:
-    """Slices of rows, bounded in rows and in bytes, but at least one row each."""
-    sizes = np.zeros(rows, dtype=np.int64)
-    for column in columns:
-        sizes += np.fromiter(map(len, column), np.int64, rows)
+def _chunks(sizes: Int64s, most: int, most_bytes: int) -> Iterator[slice]:
+    """Slices of rows of these sizes, bounded in rows and in bytes, but of at least one row each."""
     ends = np.cumsum(sizes)
-    start = 0
+    start, rows = 0, len(sizes)
     while start < rows:
         full = int(np.searchsorted(ends, ends[start] - sizes[start] + most_bytes, side="right"))
         stop = max(start + 1, min(full, start + most, rows))

@@ -27,6 +27,7 @@ from headrace import registry as _registry  # noqa: F401 - resolves relative reg
 from headrace.encode import EncodedRows, is_older
 from headrace.errors import ConfigError, TransientError
 from headrace.online import FeastRow, Mark, StoredRows, encode_feast_rows, event_times, feature_types, stock_order
+from headrace.values import to_list
 
 _LOCK_TIMEOUT_S = 30.0
 _LOCK_POLL_S = 0.002
@@ -330,7 +331,8 @@ class _Table:
             zip(rows.keys, rows.order, seconds, strict=True),
         )
         connection.executemany(
-            self._upsert(list(rows.values)), zip(rows.keys, seconds, created, *rows.values.values(), strict=True)
+            self._upsert(list(rows.values)),
+            zip(rows.keys, seconds, created, *map(to_list, rows.values.values()), strict=True),
         )
 
     def delete(self, connection: sqlite3.Connection, keys: Sequence[bytes]) -> None:

@@ -369,7 +369,7 @@ def test_sqlite_writes_after_a_write_that_failed(tmp_path: Path) -> None:
     store, (contract,) = applied(tmp_path, sqlite_online())
     good = encode(contract, rows(contract, [{"id": 1, "at": 0, "value": 1.0}]))
     target = cast("NewestWinsStore", online_store(store))
-    bad = replace(good, values={name: [object()] for name in good.values})  # type: ignore[list-item]
+    bad = replace(good, order=[object()])  # type: ignore[list-item]
     with pytest.raises(sqlite3.Error):
         target.write_newest(store.config, contract.feature_view, bad)
     assert target.write_newest(store.config, contract.feature_view, good) == 1

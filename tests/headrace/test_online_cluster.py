@@ -62,7 +62,7 @@ def test_what_is_stored_is_read_listed_replaced_and_deleted(
     target.write_newest(store.config, contract.feature_view, encoded)
     seen = target.read_stored(store.config, contract.feature_view, encoded.keys)
     assert seen.order == encoded.order
-    assert seen.values == encoded.values
+    assert seen.values == {name: column.to_pylist() for name, column in encoded.values.items()}
     older = encode(contract, events(contract, 4))
     assert all(target.replace_exact(store.config, contract.feature_view, seen, older))
     assert not any(target.replace_exact(store.config, contract.feature_view, seen, older))

@@ -192,7 +192,7 @@ def test_values_are_feasts(tmp_path: Path, name: str) -> None:
     @given(st.lists(st.none() | TYPES[name][1], min_size=1, max_size=4))
     def check(values: list[Any]) -> None:
         theirs = [feasts(contract, name, value) for value in values]
-        assert encode_values(contract, table_of(contract, name, values), name) == theirs
+        assert encode_values(contract, table_of(contract, name, values), name).to_pylist() == theirs
 
     check()
 
@@ -244,10 +244,10 @@ def test_a_value_does_not_hang_on_its_neighbours(
     tmp_path: Path, dtype: FeastType, values: list[Any], served: list[Any]
 ) -> None:
     contract = ViewContract.from_feast(view(features=[Field(name="x", dtype=dtype)])[1], config(tmp_path))
-    encoded = encode_values(contract, table_of(contract, "x", values), "x")
+    encoded = encode_values(contract, table_of(contract, "x", values), "x").to_pylist()
     assert [feast_value_type_to_python_type(ValueProto.FromString(value)) for value in encoded] == served
     for value, alone in zip(encoded, values, strict=True):
-        assert encode_values(contract, table_of(contract, "x", [alone]), "x") == [value]
+        assert encode_values(contract, table_of(contract, "x", [alone]), "x").to_pylist() == [value]
 
 
 def test_bytes_do_not_hang_on_the_order_of_sets_and_maps(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_bytes_do_not_hang_on_the_order_of_sets_and_maps(tmp_path: Path) -> None
     )
     table = rows(contract, [{"s": ["b", "a"], "m": '{"x": 1, "y": 2}'}, {"s": ["a", "b"], "m": '{"y": 2, "x": 1}'}])
     for name in contract.features:
-        assert len(set(encode_values(contract, table, name))) == 1
+        assert len(set(encode_values(contract, table, name).to_pylist())) == 1
 
 
 @pytest.mark.parametrize(
