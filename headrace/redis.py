@@ -40,7 +40,7 @@ from headrace.online import FeastRow, Mark, StoredRows, encode_feast_rows, event
 from headrace.resp import as_bytes, commands
 from headrace.values import BINARY, joined, to_list
 
-_CALLS_AT_ONCE = 2  # the server works on one while the next is packed
+_CALLS_AT_ONCE = 3  # the server works on one while the next is packed
 _KEYS_A_CALL = 200  # a server looks a watched key up among all those that are watched already
 _ROWS_A_BLOCK, _BYTES_A_BLOCK = 5_000, 16_000_000  # are packed at once
 _ARGUMENTS_A_CALL = 4_000

@@ -39,6 +39,7 @@ Found = TypeVar("Found")
 Result = TypeVar("Result")
 
 ROWS_A_CHUNK = 100_000
+_VALUES_A_CHUNK = 1_000_000
 _READINGS = 5
 DEFAULT_MEMORY_LIMIT = "50%"
 """Of the machine's memory: what Feast and the caller make of a result needs the other half."""
@@ -118,6 +119,8 @@ class Newest:
 
     def __iter__(self) -> Iterator[tuple[pa.Table, Tails]]:
         """Chunks of at most `ROWS_A_CHUNK` rows in the contract's schema, in no order, with the tails of the rows.
+
+        Those of wide views have fewer.
 
         Raises:
             SchemaError: a value in an older or foreign file cannot be cast to the type that the view has now.
@@ -356,7 +359,7 @@ class History:
             f"JOIN ({places}) p ON h.file = p.file AND h.position = p.position {order}"
         )
         with self._naming_casts():
-            for batch in rows.to_arrow_reader(ROWS_A_CHUNK):
+            for batch in rows.to_arrow_reader(max(1, min(ROWS_A_CHUNK, _VALUES_A_CHUNK // len(wanted)))):
                 if batch.num_rows:
                     yield pa.Table.from_batches([batch])
 
