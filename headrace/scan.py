@@ -254,11 +254,10 @@ class History:
         self._contract = contract
         self._filters = 0
         self._types = [str(kind) for kind in con.from_arrow(contract.schema.empty_table()).types]
-        places = [(_stream_of(contract, path), path) for path in files if _may_hold(contract, path, window)]
-        self._places = sorted(places, key=lambda place: place[0] or ())
         own_columns = columns_id(contract.schema)
-        self._as_is = {path for _, path in places if _columns_of(contract, path) == own_columns}
-        streams = [stream for stream, _ in places if stream is not None]
+        places = [place for path in files if (place := _place(contract, path, window, own_columns)) is not None]
+        self._places = sorted(places, key=lambda place: place.stream or ())
+        streams = [place.stream for place in places if place.stream is not None]
         one_topic = len({s[:3] for s in streams}) == len({s[:2] for s in streams})
         self._ranked_from = len(places) - len(streams) if one_topic else len(places)
         con.execute(f"CREATE TEMP VIEW history AS {self._select(range(len(places)))}")
@@ -368,10 +367,11 @@ class History:
         files, positions = table.column("file").to_numpy(), table.column("position").to_numpy()
         tails = np.zeros((len(files), 17), dtype=np.uint8)
         for number in np.unique(files):
-            stream, path = self._places[number]
-            if stream is not None:
+            place = self._places[number]
+            if place.stream is not None:
                 rows = np.flatnonzero(files == number)
-                tails[rows] = stream_tails(Origin(stream[0], stream[1], _accepted(path)[positions[rows]]))
+                epoch, partition, _, _ = place.stream
+                tails[rows] = stream_tails(Origin(epoch, partition, _accepted(place.path)[positions[rows]]))
         others = np.flatnonzero(tails[:, 0] == 0)
         if hashed and len(others):
             contract, rows_of_others = self._contract, self.named(table).take(pa.array(others))
@@ -440,16 +440,16 @@ class History:
             nulls = ", ".join(f"NULL::{kind} AS {name}" for name, kind in zip(names, self._types, strict=True))
             return f"SELECT {nulls}, true AS nobody, 0::BIGINT AS file, 0::BIGINT AS position WHERE false"
         owns = self._contract.schema.names
-        paths = [self._places[number][1] for number in files]
+        places = [self._places[number] for number in files]
         mapped = ""
         selected = [f"{_quoted(own)} AS {name}" for own, name in zip(owns, names, strict=True)]
-        if not self._as_is.issuperset(paths):
+        if not all(place.is_as_is for place in places):
             columns = ", ".join(
                 f"{_text(own)}: {{name: '{name}', type: {_text(kind)}, default_value: NULL}}"
                 for own, name, kind in zip(owns, names, self._types, strict=True)
             )
             mapped, selected = f"schema = MAP {{{columns}}}, ", names
-        listed = ", ".join(_text(str(path)) for path in paths)
+        listed = ", ".join(_text(str(place.path)) for place in places)
         every = len(files) == len(self._places)
         number = "file_index" if every else f"[{', '.join(map(str, files))}][CAST(file_index AS BIGINT) + 1]"
         return (
@@ -459,7 +459,7 @@ class History:
 
     def _refuse_fractions(self) -> None:
         """Where a column of whole numbers is one of floats in a file: DuckDB would round what has a fraction."""
-        others = [path for _, path in self._places if path not in self._as_is]
+        others = [place.path for place in self._places if not place.is_as_is]
         for number, field in enumerate(self._contract.schema):
             if not pa.types.is_integer(field.type):
                 continue
@@ -528,30 +528,33 @@ def _window_of(entities: pa.Table, join: PointInTime) -> Window | None:
     return Window(start, _moment(high))
 
 
-def _is_ours(contract: ViewContract, path: Path) -> bool:
-    return path.parent == contract.directory and parse_name(path.name) is not None
+@dataclass(frozen=True)
+class _Place:
+    """A file that may have rows within a window.
+
+    Attributes:
+        stream: `(epoch, partition, topic, first)` of a stream's segment.
+        is_as_is: its columns are the very columns of the contract.
+    """
+
+    path: Path
+    stream: tuple[int, int, str, int] | None = None
+    is_as_is: bool = False
 
 
-def _columns_of(contract: ViewContract, path: Path) -> str | None:
-    """What a file says of its columns; nothing, if somebody else wrote it."""
-    return read_footer(path).columns if _is_ours(contract, path) else None
-
-
-def _may_hold(contract: ViewContract, path: Path, window: Window) -> bool:
-    """Whether a file may have rows within a window, by its footer; a file of somebody else may."""
-    if not _is_ours(contract, path):
-        return True
-    footer = read_footer(path)
-    return footer.min_us is not None and footer.max_us is not None and window.meets(footer.min_us, footer.max_us)
-
-
-def _stream_of(contract: ViewContract, path: Path) -> tuple[int, int, str, int] | None:
-    """`(epoch, partition, topic, first)` of a stream segment in the view's folder; None for any other file."""
+def _place(contract: ViewContract, path: Path, window: Window, own_columns: str) -> _Place | None:
+    """A file as its name and footer have it; None if it has no rows within. One of somebody else may have any."""
     name = parse_name(path.name) if path.parent == contract.directory else None
-    if not isinstance(name, SegmentName) or (stream := parse_stream_chain(name.chain)) is None:
+    if name is None:
+        return _Place(path)
+    footer = read_footer(path)
+    if footer.min_us is None or footer.max_us is None or not window.meets(footer.min_us, footer.max_us):
         return None
-    topic, partition, epoch = stream
-    return epoch, partition, topic, name.first
+    stream = None
+    if isinstance(name, SegmentName) and (chain := parse_stream_chain(name.chain)) is not None:
+        topic, partition, epoch = chain
+        stream = epoch, partition, topic, name.first
+    return _Place(path, stream, footer.columns == own_columns)
 
 
 @lru_cache(maxsize=64)
