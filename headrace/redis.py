@@ -36,6 +36,7 @@ from headrace import redis_scripts as scripts
 from headrace import registry as _registry  # noqa: F401 - resolves relative registries
 from headrace.encode import ORDER_BYTES, EncodedRows, Int64s, encode_timestamps, is_older
 from headrace.errors import TransientError
+from headrace.faults import reached
 from headrace.online import FeastRow, Mark, StoredRows, encode_feast_rows, event_times, feature_types, stock_order
 from headrace.resp import as_bytes, commands
 from headrace.values import BINARY, joined, to_list
@@ -328,6 +329,7 @@ def _transact(
         if existing:
             stored = _ask(connection, [as_bytes(packed.reads[chunk])], len(keys))
             writing, renewing = map(list, zip(*map(_fate, stored, orders.to_pylist()), strict=True))
+        reached("write.1.compared")
         changes = [
             commands_of[chunk].filter(pa.array(rows))
             for commands_of, rows in ((packed.writes, writing), (packed.removes, writing), (packed.expires, renewing))
@@ -335,6 +337,7 @@ def _transact(
         ]
         packets = [*pack(b"MULTI"), *map(as_bytes, changes), *pack(b"EXEC")]
         *_, done = _ask(connection, packets, 1 + sum(map(len, changes)) + 1)
+        reached("write.2.written")
     except RedisError:
         connection.disconnect()  # with what it watches, and the replies that were not read
         return None

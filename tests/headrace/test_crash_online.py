@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import redis
 from feast import FeatureStore
 
 from headrace import audit as auditing
@@ -23,16 +25,21 @@ from headrace.materialize import materialize_arrived
 from headrace.online import NewestWinsStore, online_store, write_online
 from headrace.repair import repair, withdraw
 from tests.headrace.crashes import Scenario, explore, forked, in_clean_process, show
-from tests.headrace.views import config, rows, view
+from tests.headrace.views import config, redis_online, rows, sqlite_online, view
+from tests.servers import Valkey
 
 DAY = date(2026, 1, 31)
+KEYS = (*range(10), 50, 51)
+VALKEY_PORT = "HEADRACE_TEST_CRASH_PORT"
+"""Where the online store of all folders is, a database each; without it each has a SQLite file of its own."""
 
 
 def opened(home: Path) -> tuple[FeatureStore, ViewContract]:
     """The store in a folder; chunks of three keys, so that there are steps between them."""
     scan.ROWS_A_CHUNK = 3
     auditing.KEYS_A_READ = 3
-    store = FeatureStore(config=config(home))
+    online = redis_online(f"127.0.0.1:{port}", database(home)) if (port := valkey_port()) else sqlite_online()
+    store = FeatureStore(config=config(home, online))
     contract = ViewContract.from_feast(view()[1], store.config)
     online_store(store).update(store.config, [], [contract.feature_view], [], [], partial=True)
     return store, contract
@@ -80,15 +87,45 @@ def withdraw_again(home: Path) -> None:
 
 
 def stored(home: Path) -> dict[str, Any]:
-    """By key what is online, and its order, as the file has it."""
-    found: dict[str, Any] = {f"key {key}": None for key in (*range(10), 50, 51)}
+    """By key what is online, and its order, as the store has it."""
+    found: dict[str, Any] = {f"key {key}": None for key in KEYS}
+    for key, order, feature, value in cells_of_valkey(home) if valkey_port() else cells_of_sqlite(home):
+        unit = f"key {int.from_bytes(key[-8:], 'little')}"
+        found[unit] = {**(found[unit] or {"order": order}), feature: value}
+    return found
+
+
+def cells_of_sqlite(home: Path) -> Iterator[tuple[bytes, bytes, str, bytes]]:
     with sqlite3.connect(home / "data/online.db") as connection:
         orders = dict(connection.execute("SELECT entity_key, ord FROM test_stats__headrace"))
-        cells = connection.execute("SELECT entity_key, feature_name, value FROM test_stats").fetchall()
-    for key, feature, value in cells:
-        unit = f"key {int.from_bytes(key[-8:], 'little')}"
-        found[unit] = {**(found[unit] or {"order": orders[key]}), feature: value}
-    return found
+        for key, feature, value in connection.execute("SELECT entity_key, feature_name, value FROM test_stats"):
+            yield key, orders[key], feature, value
+
+
+def cells_of_valkey(home: Path) -> Iterator[tuple[bytes, bytes, str, bytes]]:
+    with redis.Redis(port=valkey_port(), db=database(home)) as client:
+        for key in client.scan_iter("*id*"):
+            cells = client.hgetall(key)
+            for field, value in cells.items():
+                yield key.removesuffix(b"test"), cells[b"_hr:stats"], field.hex(), value
+
+
+def valkey_port() -> int:
+    return int(os.environ.get(VALKEY_PORT, "0"))
+
+
+def database(home: Path) -> int:
+    """The number of a folder's database; the copy of a folder gets a copy."""
+    note = home / "database.json"
+    known = json.loads(note.read_text()) if note.exists() else {"number": 0}
+    if known.get("home") != str(home):
+        with redis.Redis(port=valkey_port()) as counter, redis.Redis(port=valkey_port(), db=known["number"]) as source:
+            number = counter.incr("databases")
+            for key in source.scan_iter() if known["number"] else ():
+                source.copy(key, key, destination_db=number)
+        known = {"home": str(home), "number": number}
+        note.write_text(json.dumps(known))
+    return int(known["number"])
 
 
 def apart(work: Callable[[Path], None]) -> Callable[[Path], None]:
@@ -115,11 +152,14 @@ def every(home: str) -> dict[str, Any]:
     return {name: asdict(explore(globals()[name], Path(home) / name)) for name in SCENARIOS}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["sqlite", "valkey"])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    found = in_clean_process(f"{__name__}:every", tmp_path_factory.mktemp("crashes"))
+    with Valkey(("--databases", "1000")) as server, pytest.MonkeyPatch.context() as environment:
+        if request.param == "valkey":
+            environment.setenv(VALKEY_PORT, str(server.port))
+        found = in_clean_process(f"{__name__}:every", tmp_path_factory.mktemp("crashes"))
     yield found
-    show(request.config, found)
+    show(request.config, {f"{name}, {request.param}": one for name, one in found.items()})
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

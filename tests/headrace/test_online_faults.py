@@ -21,12 +21,13 @@ import redis
 from feast import FeatureStore, Field
 from feast.types import Int64
 
+from headrace import faults
 from headrace import sqlite as sqlite_module
 from headrace.contract import ViewContract
 from headrace.encode import encode
 from headrace.errors import ConfigError, TransientError
 from headrace.online import NewestWinsStore, online_store, write_online
-from tests.headrace.views import applied, config, redis_online, rows, sqlite_online, view
+from tests.headrace.views import EPOCH_US, applied, config, redis_online, rows, sqlite_online, view
 from tests.servers import Valkey
 
 KEYS = 5_000
@@ -81,6 +82,43 @@ def test_redis_restarted_between_chunks(tmp_path: Path, own_valkey: Valkey) -> N
     assert versions(store, contract, table) == {None}
     assert write_online(store, contract, table) == KEYS
     assert len(versions(store, contract, table)) == 1
+
+
+@pytest.mark.parametrize("fault", ["newer", "older", "deleted", "flushed", "dropped", "another type"])
+def test_redis_changes_between_comparing_and_writing(
+    tmp_path: Path, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    store, (contract,) = applied(tmp_path, redis_online(own_valkey.address), wide(3))
+    client: Any = redis.Redis(port=own_valkey.port)
+    table = many(contract, 500, 5)
+    write_online(store, contract, many(contract, 500, 1))
+    keys: list[bytes] = client.keys("*id*")
+
+    def interfere(step: str) -> None:
+        assert step == "write.1.compared"
+        monkeypatch.setattr(faults, "hook", None)
+        if fault in ("newer", "older"):
+            assert write_online(store, contract, many(contract, 1, 9 if fault == "newer" else 3)) == 1
+        elif fault == "deleted":
+            client.delete(*keys)
+        elif fault == "flushed":
+            client.flushall()
+        elif fault == "dropped":
+            client.client_kill_filter(_type="normal", skipme=True)
+        else:
+            client.delete(keys[0])
+            client.set(keys[0], "not a hash")
+
+    monkeypatch.setattr(faults, "hook", interfere)
+    if fault == "another type":
+        with pytest.raises(TransientError, match="WRONGTYPE"):
+            write_online(store, contract, table)
+        client.delete(keys[0])
+    else:
+        assert write_online(store, contract, table) == (499 if fault == "newer" else 500)
+    assert write_online(store, contract, table) == (499 if fault == "newer" else 500)
+    assert versions(store, contract, many(contract, 1, 5)) == {EPOCH_US + (9 if fault == "newer" else 5)}
+    assert versions(store, contract, table.slice(1)) == {EPOCH_US + 5}
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "valkey"])

@@ -64,7 +64,9 @@ def test_what_was_written_is_read_back(store_and_contract: tuple[FeatureStore, V
     assert found.keys == [written.keys[0], absent, written.keys[1]]
     assert found.order == [written.order[0], None, written.order[1]]
     assert found.event_us == [EPOCH_US + 5, None, -7]
-    assert found.values == {name: [column[0].as_py(), b"", column[1].as_py()] for name, column in written.values.items()}
+    assert found.values == {
+        name: [column[0].as_py(), b"", column[1].as_py()] for name, column in written.values.items()
+    }
     assert stored_keys(store, contract) == sorted(written.keys)
     assert found.take(np.array([2, 1], dtype=np.int64)).keys == [written.keys[1], absent]
 
