@@ -31,7 +31,7 @@ from headrace.errors import ConfigError
 from headrace.materialize import Holdings, Progress, holdings
 from headrace.online import NewestWinsStore, StoredRows, online_store
 from headrace.retain import horizon_us
-from headrace.scan import connection, newest
+from headrace.scan import connection, newest, reading
 from headrace.segments import parse_stream_chain
 from headrace.values import to_list
 
@@ -126,17 +126,27 @@ class Verdicts:
     latest: EncodedRows | None
 
 
+def auditable_store(store: FeatureStore) -> NewestWinsStore:
+    """The online store behind a Feast store.
+
+    Raises:
+        ConfigError: it is not one of ours.
+    """
+    target = online_store(store)
+    if not isinstance(target, NewestWinsStore):
+        msg = (
+            f"the online store {type(target).__name__} keeps no order beside its values, which an audit needs; use "
+            "headrace.sqlite.HeadraceSqliteOnlineStore or headrace.redis.HeadraceRedisOnlineStore"
+        )
+        raise ConfigError(msg)
+    return target
+
+
 class Cut:
     """What a view had offline when an audit began, and what its online values are judged by."""
 
     def __init__(self, store: FeatureStore, contract: ViewContract) -> None:
-        target = online_store(store)
-        if not isinstance(target, NewestWinsStore):
-            msg = (
-                f"the online store {type(target).__name__} keeps no order beside its values, which an audit needs; use "
-                "headrace.sqlite.HeadraceSqliteOnlineStore or headrace.redis.HeadraceRedisOnlineStore"
-            )
-            raise ConfigError(msg)
+        target = auditable_store(store)
         self.at = datetime.now(UTC)
         self.holdings: Holdings = holdings(contract)
         self._store, self._contract, self._target = store, contract, target
@@ -244,7 +254,7 @@ def audit(
     """Compare every key's online value with the newest offline row, as of now. Changes nothing.
 
     Streaming: memory is bounded by the chunk and by the offline store's `memory_limit`, beyond which DuckDB spills.
-    May run beside a stream, materializations and compactions.
+    May run beside a stream, materializations and compactions. It starts over where a day is replaced under it.
 
     Args:
         examples: how many examples of each kind to keep.
@@ -254,10 +264,14 @@ def audit(
         ConfigError: the online store is not one of ours.
     """
     begun = time.monotonic()
-    cut = Cut(store, contract)
-    result = Audit(contract.name, cut.at)
-    for verdicts in cut.judge(progress=progress):
-        note(result, store.config, contract, verdicts, examples)
+
+    def judged(cut: Cut) -> Audit:
+        result = Audit(contract.name, cut.at)
+        for verdicts in cut.judge(progress=progress):
+            note(result, store.config, contract, verdicts, examples)
+        return result
+
+    result = reading(lambda: Cut(store, contract), lambda cut: cut.holdings.all_paths, judged)
     result.seconds = time.monotonic() - begun
     return result
 

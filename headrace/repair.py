@@ -14,13 +14,12 @@ import numpy as np
 import pyarrow as pa
 from feast import FeatureStore
 
-from headrace.audit import BACKWARD, EXAMPLES, FORWARD, Audit, Cut, Kind, Verdicts, note
+from headrace.audit import BACKWARD, EXAMPLES, FORWARD, Audit, Cut, Kind, Verdicts, auditable_store, note
 from headrace.contract import ViewContract
 from headrace.encode import EncodedRows, encode, encode_each
 from headrace.faults import reached
-from headrace.materialize import Materialized, Progress, materialize_arrived, set_back
-from headrace.online import NewestWinsStore, online_store
-from headrace.scan import newest
+from headrace.materialize import Materialized, Progress, holdings, materialize_arrived, set_back
+from headrace.scan import newest, reading
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class Repair:
     """What a repair did.
 
     Attributes:
-        audit: what was found, as by `audit`.
-        mended: how many keys of each kind were set to the newest offline row, or removed where there is none.
+        audit: what was found, as by `audit`; where a day was replaced meanwhile, what was found in the last turn.
+        mended: how many keys of each kind were set to the newest offline row, or removed where there is none, in all.
         moved: how many were written by somebody else between look and touch, and left.
         materialized: what was applied afterwards.
     """
@@ -62,24 +61,30 @@ def repair(
         ConfigError: the online store is not one of ours.
     """
     kinds = (*FORWARD, *BACKWARD) if backwards else FORWARD
-    cut = Cut(store, contract)
-    result = Audit(contract.name, cut.at)
+    begun = holdings(contract)
     mended: Counter[Kind] = Counter()
     moved = 0
-    for verdicts in cut.judge(progress=progress):
-        note(result, store.config, contract, verdicts, examples)
-        wrong = [i for i, kind in enumerate(verdicts.kinds) if kind in kinds]
-        if not wrong:
-            continue
-        if not mended and not moved:
-            set_back(store, contract, cut.holdings)
-            reached("repair.1.mark set back")
-        done = _mend(store, contract, verdicts, wrong)
-        reached("repair.2.chunk mended")
-        mended.update(verdicts.kinds[i] for i, is_done in zip(wrong, done, strict=True) if is_done)
-        moved += done.count(False)
+
+    def mend(cut: Cut) -> Audit:
+        nonlocal moved
+        result = Audit(contract.name, cut.at)
+        for verdicts in cut.judge(progress=progress):
+            note(result, store.config, contract, verdicts, examples)
+            wrong = [i for i, kind in enumerate(verdicts.kinds) if kind in kinds]
+            if not wrong:
+                continue
+            if not mended and not moved:
+                set_back(store, contract, begun)
+                reached("repair.1.mark set back")
+            done = _mend(store, contract, verdicts, wrong)
+            reached("repair.2.chunk mended")
+            mended.update(verdicts.kinds[i] for i, is_done in zip(wrong, done, strict=True) if is_done)
+            moved += done.count(False)
+        return result
+
+    result = reading(lambda: Cut(store, contract), lambda cut: cut.holdings.all_paths, mend)
     if mended:
-        set_back(store, contract, cut.holdings)
+        set_back(store, contract, begun)
         reached("repair.3.mark set back again")
     return Repair(result, mended, moved, materialize_arrived(store, contract))
 
@@ -93,8 +98,7 @@ def withdraw(store: FeatureStore, contract: ViewContract, rows: pa.Table) -> Cou
     Returns:
         How many keys were replaced (`Kind.AHEAD`) and how many removed (`Kind.EXTRA`).
     """
-    target: NewestWinsStore = online_store(store)
-    cut = Cut(store, contract)
+    target = auditable_store(store)
     gone = encode_each(contract, rows)
     asked = sorted(set(gone.keys))
     stored = target.read_stored(store.config, contract.feature_view, asked)
@@ -104,7 +108,11 @@ def withdraw(store: FeatureStore, contract: ViewContract, rows: pa.Table) -> Cou
     if not hit:
         return taken
     seen = stored.take(np.array(hit, dtype=np.int64))
-    latest = _latest(contract, cut, rows)
+    cut, latest = reading(
+        lambda: Cut(store, contract),
+        lambda cut: cut.holdings.all_paths,
+        lambda cut: (cut, _latest(contract, cut, rows)),
+    )
     place = {key: i for i, key in enumerate(latest.keys)}
     kept = np.array([i for i, key in enumerate(seen.keys) if key in place], dtype=np.int64)
     lost = np.array([i for i, key in enumerate(seen.keys) if key not in place], dtype=np.int64)
@@ -122,7 +130,7 @@ def withdraw(store: FeatureStore, contract: ViewContract, rows: pa.Table) -> Cou
 
 def _mend(store: FeatureStore, contract: ViewContract, verdicts: Verdicts, wrong: list[int]) -> list[bool]:
     """Set these keys to their newest offline row, or remove them where there is none."""
-    target: NewestWinsStore = online_store(store)
+    target = auditable_store(store)
     rows = np.array(wrong, dtype=np.int64)
     latest = None if verdicts.latest is None else verdicts.latest.take(rows)
     return target.replace_exact(store.config, contract.feature_view, verdicts.stored.take(rows), latest)

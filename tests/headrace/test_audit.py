@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from feast import FeatureStore, FeatureView
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headrace import faults
+from headrace import faults, scan
 from headrace.audit import Audit, Kind, audit
 from headrace.chains import StreamLedger, push, replace_day
 from headrace.contract import ViewContract
@@ -190,6 +190,31 @@ def test_rows_that_a_day_no_longer_has_leave_the_online_store(place: tuple[Featu
     assert values == [1.0, None, 3.0]
     assert withdraw(store, contract, rows(contract, [row(1, 20, 2.0)])) == Counter()
     assert faults_of(audit(store, contract)) == {}
+
+
+@pytest.mark.parametrize("work", [audit, repair])
+def test_a_day_that_is_replaced_meanwhile_starts_it_over(
+    place: tuple[FeatureStore, ViewContract], monkeypatch: pytest.MonkeyPatch, work: Callable[..., Any]
+) -> None:
+    store, contract = place
+    monkeypatch.setattr(scan, "ROWS_A_CHUNK", 1)
+    days = [date(2026, 1, number) for number in range(1, 13)]
+    for key, day in enumerate(days):
+        replace_day(contract, day, rows(contract, [row(key, 10, 1.0)]))
+    materialize_arrived(store, contract)
+    for key, day in enumerate(days):
+        replace_day(contract, day, rows(contract, [row(key, 10, 1.0), row(100 + key, 10, 1.0)]))  # all is pending
+    turns = iter([True])
+
+    def replace_all(done: int, keys: int) -> None:
+        del done, keys
+        if next(turns, False):
+            for key, day in enumerate(days):
+                replace_day(contract, day, rows(contract, [row(key, 10, 1.0), row(200 + key, 10, 1.0)]))
+
+    found = work(store, contract, progress=replace_all)
+    result = found if work is audit else found.audit
+    assert result.counts == {Kind.EQUAL: 12, Kind.PENDING: 12}
 
 
 def test_a_view_without_an_entity(tmp_path: Path) -> None:
