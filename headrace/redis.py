@@ -141,22 +141,25 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
 
     def server_ids(self, config: RepoConfig) -> tuple[str, ...]:
         """The run id of every master: a restarted or promoted server has another."""
-        client = self._get_client(config.online_store)
-        if config.online_store.redis_type == RedisType.redis_cluster:
-            infos = client.info("server", target_nodes="primaries")
-            return tuple(sorted(str(info["run_id"]) for info in infos.values()))
-        return (str(client.info("server")["run_id"]),)
+        with _naming(config):
+            client = self._get_client(config.online_store)
+            if config.online_store.redis_type == RedisType.redis_cluster:
+                infos = client.info("server", target_nodes="primaries")
+                return tuple(sorted(str(info["run_id"]) for info in infos.values()))
+            return (str(client.info("server")["run_id"]),)
 
     def read_mark(self, config: RepoConfig, view: FeatureView) -> Mark | None:
         """See `NewestWinsStore`."""
-        text = self._get_client(config.online_store).get(_own_key("mark", config, view))
+        with _naming(config, view):
+            text = self._get_client(config.online_store).get(_own_key("mark", config, view))
         return None if text is None else json.loads(text)
 
     def swap_mark(self, config: RepoConfig, view: FeatureView, seen: Mark | None, mark: Mark) -> bool:
         """See `NewestWinsStore`."""
-        script = self._get_client(config.online_store).register_script(scripts.SWAP)
         before = "" if seen is None else _text(seen)
-        return bool(script(keys=[_own_key("mark", config, view)], args=[before, _text(mark)]))
+        with _naming(config, view):
+            script = self._get_client(config.online_store).register_script(scripts.SWAP)
+            return bool(script(keys=[_own_key("mark", config, view)], args=[before, _text(mark)]))
 
     def update(
         self,
@@ -168,26 +171,31 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         partial: bool,
     ) -> None:
         """Delete views, and empty the features that are new or of another type than when last applied."""
-        super().update(config, tables_to_delete, tables_to_keep, entities_to_delete, entities_to_keep, partial)
+        with _naming(config):
+            super().update(config, tables_to_delete, tables_to_keep, entities_to_delete, entities_to_keep, partial)
         if not config.online_store.full_scan_for_deletion:
             return
-        client = self._get_client(config.online_store)
         for view in tables_to_keep:
-            known, types = self._known_types(config, view), feature_types(view)
-            changed = [name for name, kind in types.items() if known and known.get(name) != kind]
-            if changed:
-                for keys in self._scan(config, view):
-                    list(self._run(config, view, scripts.EMPTY, changed, keys))
-            client.set(_own_key("types", config, view), _text(dict.fromkeys(known) | types))
+            with _naming(config, view):
+                self._take_types(config, view)
+
+    def _take_types(self, config: RepoConfig, view: FeatureView) -> None:
+        """Empty the features that are new or of another type, and remember the types."""
+        known, types = self._known_types(config, view), feature_types(view)
+        changed = [name for name, kind in types.items() if known and known.get(name) != kind]
+        if changed:
+            for keys in self._scan(config, view):
+                list(self._run(config, view, scripts.EMPTY, changed, keys))
+        self._get_client(config.online_store).set(_own_key("types", config, view), _text(dict.fromkeys(known) | types))
 
     def delete_table(self, config: RepoConfig, table: FeatureView) -> None:
         """Delete a view's values, orders and mark. Other fields of the same hashes stay."""
         features = [feature.name for feature in table.features]
         for keys in self._scan(config, table):
             list(self._run(config, table, scripts.REMOVE, features, keys))
-        client = self._get_client(config.online_store)
-        for kind in ("mark", "types"):
-            client.delete(_own_key(kind, config, table))
+        with _naming(config, table):
+            for kind in ("mark", "types"):
+                self._get_client(config.online_store).delete(_own_key(kind, config, table))
 
     def teardown(self, config: RepoConfig, tables: Sequence[FeatureView], entities: Sequence[Entity]) -> None:
         """Delete these views; what else is in the database stays."""
@@ -452,17 +460,17 @@ def _present(ts: bytes | None, own: bytes | None) -> bytes | None:
 
 
 @contextmanager
-def _naming(config: RepoConfig, view: FeatureView) -> Iterator[None]:
+def _naming(config: RepoConfig, view: FeatureView | None = None) -> Iterator[None]:
     """Say where it failed, and what that leaves behind. Never the connection string: it holds the password."""
     try:
         yield
     except RedisError as error:
         nodes, _ = RedisOnlineStore._parse_connection_string(config.online_store.connection_string)
         where = ", ".join(f"{node.get('host')}:{node.get('port')}" for node in nodes)
+        what = "" if view is None else f"feature view `{view.name}`: "
         msg = (
-            f"feature view `{view.name}`: Redis at {where} failed: {type(error).__name__}: {error}. How many rows were "
-            "written before that is not known; each is whole, and to write them again does no harm. See to the server, "
-            "then repeat"
+            f"{what}Redis at {where} failed: {type(error).__name__}: {error}. See to the server, then repeat. If it was a "
+            "write, how many rows were written before is not known; each is whole, and to write them again does no harm"
         )
         raise TransientError(msg) from error
 

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from headrace import sqlite as sqlite_module
 from headrace.contract import ViewContract
 from headrace.encode import encode
 from headrace.errors import ConfigError, TransientError
-from headrace.online import NewestWinsStore, online_store, write_online
+from headrace.online import NewestWinsStore, online_store, server_ids, write_online
 from tests.headrace.views import EPOCH_US, applied, config, redis_online, rows, sqlite_online, view
-from tests.servers import Valkey
+from tests.servers import Valkey, ValkeySentinel
 
 KEYS = 5_000
 
@@ -76,12 +76,55 @@ def test_redis_restarted_between_chunks(tmp_path: Path, own_valkey: Valkey) -> N
     table = many(contract, KEYS, 1)
     write_online(store, contract, table)
     own_valkey.kill()
-    with pytest.raises(TransientError, match="ConnectionError"):
-        write_online(store, contract, table)
+    target: NewestWinsStore = online_store(store)
+    for call in (
+        lambda: write_online(store, contract, table),
+        lambda: target.read_mark(store.config, contract.feature_view),
+    ):
+        with pytest.raises(TransientError, match=r"Redis at 127\.0\.0\.1:\d+ failed: ConnectionError"):
+            call()
     own_valkey.start()  # it has forgotten everything, the scripts too
     assert versions(store, contract, table) == {None}
     assert write_online(store, contract, table) == KEYS
     assert len(versions(store, contract, table)) == 1
+
+
+def test_a_sentinel_fails_over_between_writes(tmp_path: Path, own_valkey: Valkey) -> None:
+    master: Any = redis.Redis(port=own_valkey.port)
+    master.config_set("repl-diskless-sync-delay", 0)
+    replica_of = ("--replicaof", "127.0.0.1", str(own_valkey.port))
+    with Valkey(replica_of) as replica, ValkeySentinel(own_valkey) as sentinel:
+        promoted: Any = redis.Redis(port=replica.port)
+        watch: Any = redis.Redis(port=sentinel.port)
+        online = {**redis_online(sentinel.address), "redis_type": "redis_sentinel"}
+        store, (contract,) = applied(tmp_path, online, wide(3))
+        first, last = many(contract, KEYS, 1), many(contract, KEYS, 2)
+        assert write_online(store, contract, first) == KEYS
+        before = server_ids(store)
+        assert master.wait(1, 10_000) == 1
+        until(lambda: watch.sentinel_slaves("mymaster"))
+        watch.sentinel_failover("mymaster")
+        until(lambda: promoted.info("replication")["role"] == "master")
+        own_valkey.kill()
+        until(lambda: writes(store, contract, last))  # not at once: it has connections to the old master
+        assert len(versions(store, contract, last)) == 1
+        assert server_ids(store) != before
+
+
+def writes(store: FeatureStore, contract: ViewContract, table: pa.Table) -> bool:
+    """Whether a write is done; if not it must say so."""
+    try:
+        write_online(store, contract, table)
+    except TransientError:
+        return False
+    return True
+
+
+def until(holds: Callable[[], Any], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("fault", ["newer", "older", "deleted", "flushed", "dropped", "another type"])

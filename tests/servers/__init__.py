@@ -13,7 +13,7 @@ from __future__ import annotations
 from tests.servers.brokers import Kafka, MockBroker, create_topic
 from tests.servers.process import Server, ServerError, UnavailableError, free_port
 from tests.servers.repository import copy_repository, environment, feast_apply, use_valkey
-from tests.servers.valkey import Valkey
+from tests.servers.valkey import Valkey, ValkeySentinel
 
 __all__ = [
     "Kafka",
@@ -22,6 +22,7 @@ __all__ = [
     "ServerError",
     "UnavailableError",
     "Valkey",
+    "ValkeySentinel",
     "copy_repository",
     "create_topic",
     "environment",

@@ -59,6 +59,27 @@ class Valkey(Server):
         return False
 
 
+class ValkeySentinel(Valkey):
+    """A sentinel that watches one master alone: it may fail over by itself, or when told to.
+
+    Args:
+        master: what it watches, under the name `mymaster`.
+    """
+
+    name = "sentinel"
+
+    def __init__(self, master: Valkey) -> None:
+        super().__init__()
+        self._master = master
+
+    def command(self) -> Sequence[str]:
+        settings = self.folder / "sentinel.conf"  # a sentinel needs a file that it may write
+        settings.write_text(f"sentinel monitor mymaster 127.0.0.1 {self._master.port} 1\n")
+        program, *_ = super().command()
+        address = ("--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.folder))
+        return [program, str(settings), "--sentinel", *address]
+
+
 class ValkeyCluster:
     """Masters that share the slots, joined into one cluster, without replicas.
 
