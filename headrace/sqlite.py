@@ -21,7 +21,9 @@ from typing import Any, Literal
 
 import numpy as np
 from feast import Entity, FeatureView, RepoConfig
+from feast.infra.online_stores.helpers import extract_text_and_num
 from feast.infra.online_stores.sqlite import SqliteOnlineStore, SqliteOnlineStoreConfig, _quote_id, _table_id
+from feast.protos.feast.types.Value_pb2 import Value as ValueProto
 
 from headrace import registry as _registry  # noqa: F401 - resolves relative registries
 from headrace.encode import EncodedRows, is_older
@@ -96,6 +98,8 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
                     taken = [i for i, (key, order) in both if not is_older(order, stored.get(key, b""))]
                     chunk = chunk.take(np.array(taken, dtype=np.int64))
                 table.put(connection, chunk, stored)
+                if _is_searchable(config):
+                    table.put_search(connection, config, chunk)
             written += len(chunk)
         return written
 
@@ -149,6 +153,8 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
                 else:
                     rows = new.take(np.array(taken, dtype=np.int64))
                     table.put(connection, rows, table.orders(connection, rows.keys))
+                    if _is_searchable(config):
+                        table.put_search(connection, config, rows)
         return done
 
     def server_ids(self, config: RepoConfig) -> tuple[str, ...]:
@@ -334,6 +340,25 @@ class _Table:
             self._upsert(list(rows.values)),
             zip(rows.keys, seconds, created, *map(to_list, rows.values.values()), strict=True),
         )
+
+    def put_search(self, connection: sqlite3.Connection, config: RepoConfig, rows: EncodedRows) -> None:
+        """Fill the columns that Feast's text search reads, for rows that were put; value by value, as Feast does.
+
+        `value_num` only where `feast apply` has made the column. Not `vector_value`: Feast 0.67 loads the extension
+        that searches it under Python 3.10 alone.
+        """
+        columns = {name for _, name, *_ in connection.execute(f"PRAGMA table_info({self.values})")}
+        has_numbers = config.online_store.enable_openai_compatible_store and "value_num" in columns
+        for feature, values in rows.values.items():
+            found = [extract_text_and_num(ValueProto.FromString(value), has_numbers) for value in to_list(values)]
+            connection.executemany(
+                f"UPDATE {self.values} SET value_text = ?{', value_num = ?' if has_numbers else ''} "
+                f"WHERE entity_key = ? AND feature_name = {_literal(feature)}",
+                (
+                    (*((text, number) if has_numbers else (text,)), key)
+                    for key, (text, number) in zip(rows.keys, found, strict=True)
+                ),
+            )
 
     def delete(self, connection: sqlite3.Connection, keys: Sequence[bytes]) -> None:
         """Remove the rows of these keys."""

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import redis
 from feast import FeatureStore, Field, ValueType
+from feast.filter_models import ComparisonFilter
 from feast.types import Array, Float64, Int64, String
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -296,6 +297,29 @@ def test_stock_clients_read_it_and_what_they_wrote_counts(tmp_path: Path, online
     assert served(store, contract, [{"id": 1}]) == [{"value": 2.0, "count": 9}]
     write_online(store, contract, rows(contract, [{"id": 1, "at": 4 * at, "made": at, "value": 4.0, "count": 4}]))
     assert served(other, same, [{"id": 1}]) == [{"value": 4.0, "count": 4}]
+
+
+def test_text_search_finds_what_stock_feast_finds(tmp_path: Path) -> None:
+    search = {"text_search_enabled": True, "enable_openai_compatible_store": True}
+    place = Field(name="place", dtype=Array(Float64), vector_index=True, vector_length=1)  # Feast wants one
+    shape = view(features=[Field(name="title", dtype=String), Field(name="size", dtype=Int64), place])
+    ours, (contract,) = applied(tmp_path / "ours", {**sqlite_online(), **search}, shape)
+    stock, _ = applied(tmp_path / "stock", {**sqlite_online(), "type": "sqlite", **search}, shape)
+    texts = ["a red fox", "the red herring", "blue", None]
+    same = {"at": 10**6, "made": 10**6, "place": [1.0]}
+    events = [{**same, "id": n, "title": text, "size": n} for n, text in enumerate(texts)]
+    write_online(ours, contract, rows(contract, [{**event, "at": 1, "title": "red, once"} for event in events]))
+    write_online(ours, contract, rows(contract, events))
+    stock.write_to_online_store("stats", rows(contract, events).to_pandas())
+    found = [
+        store.retrieve_online_documents_v2(
+            features=["stats:title", "stats:size"], query_string="red", top_k=9, filters=filters
+        ).to_dict()
+        for store in (ours, stock)
+        for filters in (None, ComparisonFilter(type="gte", key="size", value=1))
+    ]
+    assert sorted(found[0]["title"]) == ["a red fox", "the red herring"]
+    assert found[:2] == found[2:]
 
 
 def test_feasts_own_write_is_newest_wins_too(store_and_contract: tuple[FeatureStore, ViewContract]) -> None:
