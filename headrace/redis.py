@@ -1,4 +1,4 @@
-"""Feast's Redis online store, with newest-wins: each row is compared and written by Redis itself in one step.
+"""Feast's Redis online store, with newest-wins: no row is written but over what it was compared with.
 
 The layout is Feast's: one hash an entity, a field a feature, `_ts:<view>` the event time. One more field a view,
 `_hr:<view>`, holds the order of the stored row followed by the very bytes of `_ts` that were written with it; where
@@ -58,7 +58,7 @@ class HeadraceRedisOnlineStoreConfig(RedisOnlineStoreConfig):
 
 
 class HeadraceRedisOnlineStore(RedisOnlineStore):
-    """Redis or Valkey with newest-wins: no row of an entity is written unless it was compared with what is stored then.
+    """Redis or Valkey with newest-wins: no row of an entity is written but over what it was compared with.
 
     Standalone and Sentinel: a transaction a chunk of rows, which the server refuses where another changed one of them
     since it was read; then a script, which cannot be refused, does it. Cluster: the script, a call a row, because it
