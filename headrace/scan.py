@@ -371,7 +371,9 @@ class History:
             if place.stream is not None:
                 rows = np.flatnonzero(files == number)
                 epoch, partition, _, _ = place.stream
-                tails[rows] = stream_tails(Origin(epoch, partition, _accepted(place.path)[positions[rows]]))
+                stat = place.path.stat()
+                accepted = _accepted(place.path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+                tails[rows] = stream_tails(Origin(epoch, partition, accepted[positions[rows]]))
         others = np.flatnonzero(tails[:, 0] == 0)
         if hashed and len(others):
             contract, rows_of_others = self._contract, self.named(table).take(pa.array(others))
@@ -558,8 +560,9 @@ def _place(contract: ViewContract, path: Path, window: Window, own_columns: str)
 
 
 @lru_cache(maxsize=64)
-def _accepted(path: Path) -> Offsets:
-    """The offsets of a segment's rows; a segment never changes."""
+def _accepted(path: Path, size: int, mtime_ns: int, inode: int) -> Offsets:
+    """The offsets of a segment's rows."""
+    del size, mtime_ns, inode  # part of the key: where a folder was removed and filled anew, names come again
     return read_accepted(path)
 
 

@@ -277,18 +277,19 @@ def remove(*paths: Path, step: str = "remove.1.removed") -> None:
 
 
 def read_footer(path: Path) -> Footer:
-    """The footer of a segment, cached by name, size and time.
+    """The footer of a segment, cached by name, inode, size and time.
 
     Raises:
         FileNotFoundError: it is gone.
         LedgerError: it is not a whole segment of ours.
     """
     stat = path.stat()
-    return _read_footer(path, stat.st_size, stat.st_mtime_ns)
+    return _read_footer(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 @lru_cache(maxsize=262_144)
-def _read_footer(path: Path, size: int, mtime_ns: int) -> Footer:
+def _read_footer(path: Path, size: int, mtime_ns: int, inode: int) -> Footer:
+    del mtime_ns, inode  # part of the key: where a folder was removed and filled anew, names come again
     try:
         return Footer.from_json(_quick_note(path, size) or _entries(path)[META])
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:

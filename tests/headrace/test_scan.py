@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from feast.types import Array, Float64, Int64, String
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headrace.chains import Folder, push
+from headrace.chains import Folder, StreamLedger, push
 from headrace.contract import ViewContract
 from headrace.encode import Origin, encode_values, hash_tails, order_keys, schema_id, stream_tails
 from headrace.errors import SchemaError
@@ -238,6 +239,18 @@ def test_columns_that_came_later_and_types_that_changed(tmp_path: Path) -> None:
     pq.write_table(pa.table(old), contract.directory / "old.parquet")
     with newest(contract, Folder(contract.directory).files()) as found:
         assert sorted(str(v) for t, _ in found for v in t.column("count").to_pylist()) == ["3", "4", "None"]
+
+
+def test_a_folder_that_was_filled_anew_is_read_anew(tmp_path: Path) -> None:
+    _, (contract,) = applied(tmp_path)
+    for count in (1, 3):
+        shutil.rmtree(contract.directory, ignore_errors=True)
+        table = rows(contract, [{"id": key, "at": 1, "value": float(count)} for key in range(count)])
+        StreamLedger(contract, "stats", 0).append(0, 0, 2 * count, table, accepted=np.arange(count) * 2)
+        with newest(contract, Folder(contract.directory).files()) as found:
+            ((chunk, tails),) = found
+        assert chunk.column("value").to_pylist() == [float(count)] * count
+        assert {bytes(tail[9:]) for tail in tails} == {struct.pack(">Q", 2 * n) for n in range(count)}
 
 
 def test_rows_without_a_key_or_a_time_are_nobodys(tmp_path: Path) -> None:
