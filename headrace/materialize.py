@@ -236,10 +236,15 @@ def apply_newest(
     if not files:
         return 0, 0
     target = online_store(store)
-    at_once = _WRITES if isinstance(target, NewestWinsStore) else 1  # another store may not be made for threads
+    is_ours = isinstance(target, NewestWinsStore)
+    at_once = _WRITES if is_ours else 1  # another store may not be made for threads
+    size = target.rows_a_write(len(contract.schema)) if is_ours else None
     done = written = 0
     limit = getattr(store.config.offline_store, "memory_limit", None)
-    with newest(contract, files, window or Window(), memory_limit=limit) as rows, ThreadPoolExecutor(at_once) as pool:
+    with (
+        newest(contract, files, window or Window(), memory_limit=limit, rows_a_chunk=size) as rows,
+        ThreadPoolExecutor(at_once) as pool,
+    ):
         writing: deque[tuple[Future[int], int]] = deque()
 
         def finish() -> None:
@@ -253,7 +258,7 @@ def apply_newest(
         for table, tails in rows:
             if len(writing) == at_once:
                 finish()
-            if isinstance(target, NewestWinsStore):
+            if is_ours:
                 encoded = encode(contract, table, tails)
                 write = pool.submit(target.write_newest, store.config, contract.feature_view, encoded)
             else:

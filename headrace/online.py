@@ -74,6 +74,9 @@ class StoredRows:
 class NewestWinsStore(Protocol):
     """An online store of ours."""
 
+    def rows_a_write(self, columns: int) -> int | None:
+        """How many rows of so many columns are best given to one `write_newest`; None where it does not matter."""
+
     def write_newest(self, config: RepoConfig, view: FeatureView, rows: EncodedRows) -> int:
         """Write each row that is not older than the stored one (`headrace.encode.is_older`); the rest is turned away.
 

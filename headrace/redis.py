@@ -42,7 +42,7 @@ from headrace.resp import as_bytes, commands
 from headrace.values import BINARY, joined, to_list
 
 _CALLS_AT_ONCE = 3  # the server works on one while the next is packed
-_KEYS_A_CALL = 200  # a server looks a watched key up among all those that are watched already
+_KEYS_A_TRANSACTION = 200  # a server looks a watched key up among all those that are watched already
 _ROWS_A_BLOCK, _BYTES_A_BLOCK = 5_000, 16_000_000  # are packed at once
 _ARGUMENTS_A_CALL = 4_000
 _BYTES_A_CALL = 1_000_000
@@ -90,6 +90,11 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
     ) -> None:
         """The same, in a thread."""
         await asyncio.to_thread(self.online_write_batch, config, table, data, progress)
+
+    def rows_a_write(self, columns: int) -> int | None:
+        """See `NewestWinsStore`. Any number."""
+        del columns
+        return None
 
     def write_newest(self, config: RepoConfig, view: FeatureView, rows: EncodedRows) -> int:
         """See `NewestWinsStore`. Atomic by row; a failure in between leaves whole rows, and a repeat is harmless.
@@ -278,7 +283,7 @@ def _write_block(client: Any, head: Sequence[bytes], keys: Sequence[bytes], colu
     """
     packed, written = _PackedWrites.of(head, keys, columns), 0
     with _connection(client) as connection:
-        for chunk in _calls(_sizes(len(keys), columns), len(columns)):
+        for chunk in _calls(_sizes(len(keys), columns), len(columns), _KEYS_A_TRANSACTION):
             done = _transact(connection, packed, keys[chunk], columns[0][chunk], chunk)
             if done is None:
                 (done,) = _call_chunk(client, scripts.WRITE, head, keys[chunk], [column[chunk] for column in columns])
@@ -424,9 +429,9 @@ def _sizes(rows: int, columns: Sequence[pa.Array]) -> Int64s:
     return sum((pc.binary_length(column).to_numpy() for column in columns), start=np.zeros(rows, dtype=np.int64))
 
 
-def _calls(sizes: Int64s, width: int) -> Iterator[slice]:
+def _calls(sizes: Int64s, width: int, most: int = _ARGUMENTS_A_CALL) -> Iterator[slice]:
     """Slices of rows that are worth a call each: bounded, so that readers need not wait."""
-    return _chunks(sizes, max(1, min(_KEYS_A_CALL, _ARGUMENTS_A_CALL // (1 + width))), _BYTES_A_CALL)
+    return _chunks(sizes, max(1, min(most, _ARGUMENTS_A_CALL // (1 + width))), _BYTES_A_CALL)
 
 
 def _chunks(sizes: Int64s, most: int, most_bytes: int) -> Iterator[slice]:

@@ -48,6 +48,7 @@ AS_OF = "__as_of"
 """The entities' time."""
 
 _MAX_FILTER_BITS = 26
+_FEW_FILES, _SMALL_FILE_BYTES = 64, 65_536  # to open a small file costs more than to read it
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -113,19 +114,18 @@ class Newest:
         keys: how many keys there are.
     """
 
-    def __init__(self, history: History, keys: int) -> None:
+    def __init__(self, history: History, keys: int, rows_a_chunk: int | None) -> None:
         self._history = history
+        self._rows_a_chunk = rows_a_chunk
         self.keys = keys
 
     def __iter__(self) -> Iterator[tuple[pa.Table, Tails]]:
-        """Chunks of at most `ROWS_A_CHUNK` rows in the contract's schema, in no order, with the tails of the rows.
-
-        Those of wide views have fewer.
+        """Chunks of rows in the contract's schema, in no order, with the tails of the rows.
 
         Raises:
             SchemaError: a value in an older or foreign file cannot be cast to the type that the view has now.
         """
-        for table in self._history.fetch("SELECT file, position FROM found"):
+        for table in self._history.fetch("SELECT file, position FROM found", rows_a_chunk=self._rows_a_chunk):
             yield self._history.named(table), self._history.tails(table)
 
 
@@ -137,6 +137,7 @@ def newest(
     *,
     memory_limit: str | None = None,
     keys: pa.Table | None = None,
+    rows_a_chunk: int | None = None,
 ) -> Iterator[Newest]:
     """The newest row of each key within a window, by the total order, ties included.
 
@@ -145,6 +146,7 @@ def newest(
     Args:
         files: valid files of the view; those of an older schema, and of others, are cast, their columns by name.
         keys: only these join keys, in the contract's types.
+        rows_a_chunk: how many rows a chunk has at most; by default `ROWS_A_CHUNK`, and of wide views fewer.
 
     Raises:
         SchemaError: a value in an older or foreign file cannot be cast to the type that the view has now.
@@ -152,7 +154,7 @@ def newest(
     within = window or Window()
     with connection(memory_limit) as con:
         history = History(con, contract, files, within)
-        yield Newest(history, history.find_newest(within, keys))
+        yield Newest(history, history.find_newest(within, keys), rows_a_chunk)
 
 
 def newest_rows(
@@ -244,6 +246,9 @@ class History:
     a greater tail: then SQL breaks their ties. Only from `_ranked_from` on does that hold: not for rows of other
     origin, and not where two topics share a partition number.
 
+    Where the files are many and small, as appends leave them before they are merged, it is a table: each is opened
+    once, not once a stage. Like all of DuckDB's, it spills beyond the memory limit.
+
     What is looked for is left in the table `found`, with `file` and `position`.
     """
 
@@ -260,8 +265,11 @@ class History:
         streams = [place.stream for place in places if place.stream is not None]
         one_topic = len({s[:3] for s in streams}) == len({s[:2] for s in streams})
         self._ranked_from = len(places) - len(streams) if one_topic else len(places)
-        con.execute(f"CREATE TEMP VIEW history AS {self._select(range(len(places)))}")
+        size = sum(place.size for place in places)
+        self._is_held = len(places) > _FEW_FILES and size < len(places) * _SMALL_FILE_BYTES
         self._refuse_fractions()
+        kind = "TABLE" if self._is_held else "VIEW"
+        self._execute(f"CREATE TEMP {kind} history AS {self._select(range(len(places)))}")
 
     def column(self, name: str) -> str:
         """A column of the contract's schema in SQL."""
@@ -343,7 +351,9 @@ class History:
         )
         self._settle()
 
-    def fetch(self, places: str, columns: Sequence[str] | None = None, order: str = "") -> Iterator[pa.Table]:
+    def fetch(
+        self, places: str, columns: Sequence[str] | None = None, order: str = "", rows_a_chunk: int | None = None
+    ) -> Iterator[pa.Table]:
         """The rows at the places that a query gives, in chunks: columns of `history`, and what else the query gives.
 
         Files that have none of the places are not opened.
@@ -353,12 +363,14 @@ class History:
             return
         wanted = columns or [f"c{i}" for i in range(len(self._types))]
         likely = self._likely(f"({places})", ["file", "position"])
+        source = "history" if self._is_held else f"({self._select(files)})"
         rows = self._con.sql(
-            f"SELECT {', '.join(wanted)}, p.* FROM (FROM ({self._select(files)}) WHERE {likely}) h "
+            f"SELECT {', '.join(wanted)}, p.* FROM (FROM {source} WHERE {likely}) h "
             f"JOIN ({places}) p ON h.file = p.file AND h.position = p.position {order}"
         )
         with self._naming_casts():
-            for batch in rows.to_arrow_reader(max(1, min(ROWS_A_CHUNK, _VALUES_A_CHUNK // len(wanted)))):
+            default = max(1, min(ROWS_A_CHUNK, _VALUES_A_CHUNK // len(wanted)))
+            for batch in rows.to_arrow_reader(rows_a_chunk or default):
                 if batch.num_rows:
                     yield pa.Table.from_batches([batch])
 
@@ -535,11 +547,13 @@ class _Place:
     """A file that may have rows within a window.
 
     Attributes:
+        size: in bytes.
         stream: `(epoch, partition, topic, first)` of a stream's segment.
         is_as_is: its columns are the very columns of the contract.
     """
 
     path: Path
+    size: int
     stream: tuple[int, int, str, int] | None = None
     is_as_is: bool = False
 
@@ -548,7 +562,7 @@ def _place(contract: ViewContract, path: Path, window: Window, own_columns: str)
     """A file as its name and footer have it; None if it has no rows within. One of somebody else may have any."""
     name = parse_name(path.name) if path.parent == contract.directory else None
     if name is None:
-        return _Place(path)
+        return _Place(path, path.stat().st_size)
     footer = read_footer(path)
     if footer.min_us is None or footer.max_us is None or not window.meets(footer.min_us, footer.max_us):
         return None
@@ -556,7 +570,7 @@ def _place(contract: ViewContract, path: Path, window: Window, own_columns: str)
     if isinstance(name, SegmentName) and (chain := parse_stream_chain(name.chain)) is not None:
         topic, partition, epoch = chain
         stream = epoch, partition, topic, name.first
-    return _Place(path, stream, footer.columns == own_columns)
+    return _Place(path, path.stat().st_size, stream, footer.columns == own_columns)
 
 
 @lru_cache(maxsize=64)

@@ -37,6 +37,7 @@ _KEYS_A_QUERY = 500
 _KEYS_A_PAGE = 10_000
 _CACHE_KIB = 65_536
 _VALUES_A_TRANSACTION = 100_000
+_ROWS_A_WRITE, _VALUES_A_WRITE = 250_000, 6_000_000
 _MARKS = "headrace_marks"
 _TYPES = "headrace_types"
 
@@ -79,6 +80,10 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
         self.write_newest(config, table, encode_feast_rows(config, table, data))
         if progress:
             progress(len(data))
+
+    def rows_a_write(self, columns: int) -> int | None:
+        """See `NewestWinsStore`. Many: each write goes through all of the table, in the order of keys."""
+        return max(1, min(_ROWS_A_WRITE, _VALUES_A_WRITE // columns))
 
     def write_newest(self, config: RepoConfig, view: FeatureView, rows: EncodedRows) -> int:
         """See `NewestWinsStore`. A failure leaves whole transactions; a repeat is harmless."""

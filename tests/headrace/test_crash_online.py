@@ -17,7 +17,7 @@ import redis
 from feast import FeatureStore
 
 from headrace import audit as auditing
-from headrace import scan
+from headrace import scan, sqlite
 from headrace.chains import StreamLedger, push, replace_day
 from headrace.contract import ViewContract
 from headrace.encode import encode
@@ -36,7 +36,7 @@ VALKEY_PORT = "HEADRACE_TEST_CRASH_PORT"
 
 def opened(home: Path) -> tuple[FeatureStore, ViewContract]:
     """The store in a folder; chunks of three keys, so that there are steps between them."""
-    scan.ROWS_A_CHUNK = 3
+    scan.ROWS_A_CHUNK = sqlite._ROWS_A_WRITE = 3
     auditing.KEYS_A_READ = 3
     online = redis_online(f"127.0.0.1:{port}", database(home)) if (port := valkey_port()) else sqlite_online()
     store = FeatureStore(config=config(home, online))

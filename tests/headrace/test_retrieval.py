@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -15,10 +16,11 @@ from feast.types import Float64, Int64
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headrace import scan
 from headrace.chains import push
 from headrace.contract import ViewContract
 from headrace.errors import ConfigError
-from tests.headrace.test_scan import KEY_VALUES, best, events, moment, write_history
+from tests.headrace.test_scan import FEW_FILES, KEY_VALUES, best, events, moment, write_history
 from tests.headrace.views import EPOCH_US, applied, examples, rows, view
 
 KEYS: Mapping[str, dict[str, ValueType]] = {
@@ -91,6 +93,7 @@ def frame_of(wanted: list[dict[str, Any]]) -> pd.DataFrame:
     data=st.data(),
     wanted=st.lists(asked(), min_size=1, max_size=8),
     by_created=st.booleans(),
+    few_files=FEW_FILES,
 )
 def test_point_in_time_equals_the_oracle(
     repository: tuple[FeatureStore, dict[str, ViewContract]],
@@ -98,6 +101,7 @@ def test_point_in_time_equals_the_oracle(
     data: st.DataObject,
     wanted: list[dict[str, Any]],
     by_created: bool,
+    few_files: int,
 ) -> None:
     store, contracts = repository
     expected = {}
@@ -115,7 +119,8 @@ def test_point_in_time_equals_the_oracle(
         full_feature_names=True,
         filter_by_created_timestamp=by_created,
     )
-    found = job.to_arrow().to_pydict()
+    with patch.object(scan, "_FEW_FILES", few_files):
+        found = job.to_arrow().to_pydict()
     assert found["label"] == list(range(2 * len(wanted)))
     assert {column: [repr(value) for value in found[column]] for column in expected} == {
         column: values * 2 for column, values in expected.items()

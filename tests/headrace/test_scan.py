@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from feast.types import Array, Float64, Int64, String
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headrace import scan
 from headrace.chains import Folder, StreamLedger, push
 from headrace.contract import ViewContract
 from headrace.encode import Origin, encode_values, hash_tails, order_keys, schema_id, stream_tails
@@ -34,6 +36,9 @@ KEY_VALUES: Mapping[ValueType, list[Any]] = {
     ValueType.STRING: ["", "a", "é"],
     ValueType.BYTES: [b"", b"\xff"],
 }
+FEW_FILES = st.sampled_from([0, 1000])
+"""Beyond how many small files they are read into a table first: any, or none."""
+
 ORIGINS = ("stream-0", "stream-1", "other-topic", "push", "day", "foreign")
 
 
@@ -185,7 +190,11 @@ def test_newest_equals_the_oracle(contracts: list[ViewContract], data: st.DataOb
     if only is not None and contract.join_keys:
         keys = rows(contract, [dict(zip(contract.join_keys, key, strict=True)) for key in only])
         expected = {key: expected[key] for key in only}
-    with newest(contract, Folder(contract.directory).files(), window, keys=keys) as found:
+    few_files = data.draw(FEW_FILES)
+    with (
+        patch.object(scan, "_FEW_FILES", few_files),
+        newest(contract, Folder(contract.directory).files(), window, keys=keys) as found,
+    ):
         got: dict[tuple[Any, ...], str] = {}
         for table, tails in found:
             assert table.schema == contract.schema
