@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from benchmarks.peers import CREATED, KEY, TIME
 from headrace.chains import StreamLedger
 from headrace.contract import ViewContract
-from headrace.segments import Footer, SegmentName, encode_ranges, stream_chain, time_bounds
+from headrace.segments import Footer, SegmentName, columns_id, encode_ranges, stream_chain, time_bounds
 
 TOPIC = "events"
 END = datetime(2026, 1, 1, tzinfo=UTC)
@@ -109,7 +109,9 @@ def _segment(
 ) -> tuple[bytes, bytes, bytes]:
     """The bytes of a segment, and of the two entries in its footer."""
     low, high = time_bounds(rows, contract.timestamp_field)
-    note = Footer(next=end, min_us=low, max_us=high, writer="benchmark", append="0" * 32, mark=mark).to_json()
+    columns = columns_id(rows.schema)
+    footer = Footer(next=end, min_us=low, max_us=high, writer="benchmark", append="0" * 32, mark=mark, columns=columns)
+    note = footer.to_json()
     ranges = encode_ranges(offsets)
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, rows.schema, compression="zstd", store_schema=False) as writer:
