@@ -265,8 +265,9 @@ class History:
         streams = [place.stream for place in places if place.stream is not None]
         one_topic = len({s[:3] for s in streams}) == len({s[:2] for s in streams})
         self._ranked_from = len(places) - len(streams) if one_topic else len(places)
-        size = sum(place.size for place in places)
-        self._is_held = len(places) > _FEW_FILES and size < len(places) * _SMALL_FILE_BYTES
+        self._is_held = len(places) > _FEW_FILES and (
+            sum(place.path.stat().st_size for place in places) < len(places) * _SMALL_FILE_BYTES
+        )
         self._refuse_fractions()
         kind = "TABLE" if self._is_held else "VIEW"
         self._execute(f"CREATE TEMP {kind} history AS {self._select(range(len(places)))}")
@@ -547,13 +548,11 @@ class _Place:
     """A file that may have rows within a window.
 
     Attributes:
-        size: in bytes.
         stream: `(epoch, partition, topic, first)` of a stream's segment.
         is_as_is: its columns are the very columns of the contract.
     """
 
     path: Path
-    size: int
     stream: tuple[int, int, str, int] | None = None
     is_as_is: bool = False
 
@@ -562,7 +561,7 @@ def _place(contract: ViewContract, path: Path, window: Window, own_columns: str)
     """A file as its name and footer have it; None if it has no rows within. One of somebody else may have any."""
     name = parse_name(path.name) if path.parent == contract.directory else None
     if name is None:
-        return _Place(path, path.stat().st_size)
+        return _Place(path)
     footer = read_footer(path)
     if footer.min_us is None or footer.max_us is None or not window.meets(footer.min_us, footer.max_us):
         return None
@@ -570,7 +569,7 @@ def _place(contract: ViewContract, path: Path, window: Window, own_columns: str)
     if isinstance(name, SegmentName) and (chain := parse_stream_chain(name.chain)) is not None:
         topic, partition, epoch = chain
         stream = epoch, partition, topic, name.first
-    return _Place(path, path.stat().st_size, stream, footer.columns == own_columns)
+    return _Place(path, stream, footer.columns == own_columns)
 
 
 @lru_cache(maxsize=64)
