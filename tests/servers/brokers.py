@@ -134,7 +134,8 @@ class Kafka(Server):
         text = "".join(f"{key}={value}\n" for key, value in properties.items())
         draft = self._properties.with_suffix(".draft")
         draft.write_text(text, encoding="utf-8")
-        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        # An id that begins with a dash would be taken for an option.
+        cluster = "h" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")[1:]
         formatting = [*self._java(), "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(draft)]
         done = subprocess.run(formatting, capture_output=True, text=True, check=False)
         if done.returncode != 0:
