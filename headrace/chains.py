@@ -7,8 +7,9 @@ says where the chain ends now. There is no other bookkeeping that could disagree
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ __all__ = [
     "Chain",
     "DayFile",
     "Folder",
+    "Standing",
     "StreamEnd",
     "StreamLedger",
     "Tip",
@@ -57,6 +59,24 @@ PUSH = "push"
 
 accepted_offsets = read_accepted
 footer = read_footer
+
+
+class Standing(StrEnum):
+    """What a view has of a record.
+
+    Attributes:
+        OPEN: its row is nowhere, and no append will bring it.
+        ACCEPTED: the stream has its row.
+        REPLAYED: a replay has its row.
+        UNCOMMITTED: the stream has not got there yet, or not again.
+        RETAINED: retention removed its surroundings, so that nobody can say.
+    """
+
+    OPEN = "open"
+    ACCEPTED = "accepted"
+    REPLAYED = "replayed"
+    UNCOMMITTED = "uncommitted"
+    RETAINED = "retained"
 
 
 @dataclass(frozen=True)
@@ -180,6 +200,42 @@ class StreamLedger:
             self._mark_before(epoch + 1, start, topic_id)
             return StreamEnd(epoch + 1, start, exists=True, closed=False, topic_id=topic_id, servers=())
         return StreamEnd(epoch, tip.end, True, newest.mark == "closed", newest.topic_id, newest.servers)
+
+    def epochs(self) -> Mapping[str | None, int]:
+        """The epoch of each topic id that the partition's chains name; a broker without ids is None."""
+
+        def read() -> dict[str | None, int]:
+            segments = [name for name in self._folder.names() if isinstance(name, SegmentName)]
+            found: dict[str | None, int] = {}
+            for chain in {segment.chain for segment in segments}:
+                epoch, newest = self._epoch_of(chain), self._folder.tip(chain).footer
+                if epoch is not None and newest is not None:
+                    found[newest.topic_id] = epoch
+                    if newest.successor is not None:
+                        found[newest.successor[0]] = epoch + 1
+            return found
+
+        return self._folder.settled(read)
+
+    def standings(self, epoch: int, offsets: Offsets) -> list[Standing]:
+        """What the stream has of each of some offsets of an epoch; reads the files alone that cover one of them."""
+
+        def read() -> list[Standing]:
+            chain = self._folder.chain(self._name(epoch))
+            beyond = Standing.UNCOMMITTED if chain.closed is None else Standing.OPEN
+            found = np.full(len(offsets), beyond.value, dtype=object)
+            covering = np.searchsorted([segment.first for segment in chain.valid], offsets, side="right") - 1
+            for number in np.unique(covering[offsets < chain.end]).tolist():
+                rows = np.flatnonzero((covering == number) & (offsets < chain.end))
+                path = self._folder.path_of(chain.valid[number])
+                if read_footer(path).mark == "retained":
+                    found[rows] = Standing.RETAINED.value
+                else:
+                    is_there = np.isin(offsets[rows], read_accepted(path))
+                    found[rows] = np.where(is_there, Standing.ACCEPTED.value, Standing.OPEN.value)
+            return [Standing(name) for name in found.tolist()]
+
+        return self._folder.settled(read)
 
     def begin(self, start: int, topic_id: str | None) -> StreamEnd:
         """Start a partition that has no chain at `start`: the file `[0, start)` says that what lies before is not ours.

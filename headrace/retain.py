@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -176,11 +177,17 @@ def _extended(contract: ViewContract, folder: Folder, old: _Old, bound_us: int) 
         writer=writer_id(),
         append=new_append_id(),
         mark=RETAINED,
-        extra={"horizon_us": bound_us, "rows": old.rows},
+        # Letters whose rows are gone were taken all the same.
+        extra={"horizon_us": bound_us, "rows": old.rows, **_joined_origins(footers)},
     )
     name = old.names[0]._replace(level=_RETAINED)
     is_new = create(folder.path_of(name), contract.schema.empty_table(), note, operation="retain")
     return is_new and stays(folder, name, "retain")
+
+
+def _joined_origins(footers: list[Footer]) -> dict[str, list[Any]]:
+    found = [origin for footer in footers for origin in footer.extra.get("origins", ())]
+    return {"origins": found} if found else {}
 
 
 def _retain_day(contract: ViewContract, folder: Folder, day: date, bound_us: int, *, dry_run: bool) -> _Old | None:

@@ -25,6 +25,7 @@ from headrace.contract import ViewContract
 from headrace.encode import Origin, Tails, encode_values, hash_tails, schema_id, stream_tails
 from headrace.errors import SchemaError
 from headrace.segments import (
+    REPLAY,
     Offsets,
     SegmentName,
     columns_id,
@@ -32,6 +33,7 @@ from headrace.segments import (
     parse_stream_chain,
     read_accepted,
     read_footer,
+    read_origins,
     time_bounds,
 )
 
@@ -244,7 +246,7 @@ class History:
     Its columns are `c0`, `c1`, ... in the order of the contract's schema and in its types, whatever the files have,
     then `file` and `position`, the place of a row. The files are listed so that among rows of streams a later place is
     a greater tail: then SQL breaks their ties. Only from `_ranked_from` on does that hold: not for rows of other
-    origin, and not where two topics share a partition number.
+    origin, not where two topics share a partition number, and for no row where there are replays.
 
     Where the files are many and small, as appends leave them before they are merged, it is a table: each is opened
     once, not once a stage. Like all of DuckDB's, it spills beyond the memory limit.
@@ -264,7 +266,8 @@ class History:
         self._places = sorted(places, key=lambda place: place.stream or ())
         streams = [place.stream for place in places if place.stream is not None]
         one_topic = len({s[:3] for s in streams}) == len({s[:2] for s in streams})
-        self._ranked_from = len(places) - len(streams) if one_topic else len(places)
+        is_ranked = one_topic and not any(place.is_replay for place in places)
+        self._ranked_from = len(places) - len(streams) if is_ranked else len(places)
         self._is_held = len(places) > _FEW_FILES and (
             sum(place.path.stat().st_size for place in places) < len(places) * _SMALL_FILE_BYTES
         )
@@ -376,7 +379,7 @@ class History:
                     yield pa.Table.from_batches([batch])
 
     def tails(self, table: pa.Table, *, hashed: bool = False) -> Tails:
-        """The tails of rows in the columns of `history`; zeros for rows that are no stream's, or, if asked, hashes."""
+        """The tails of rows in the columns of `history`; zeros for rows that no record was, or, if asked, hashes."""
         files, positions = table.column("file").to_numpy(), table.column("position").to_numpy()
         tails = np.zeros((len(files), 17), dtype=np.uint8)
         for number in np.unique(files):
@@ -387,6 +390,10 @@ class History:
                 stat = place.path.stat()
                 accepted = _accepted(place.path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
                 tails[rows] = stream_tails(Origin(epoch, partition, accepted[positions[rows]]))
+            elif place.is_replay:
+                rows = np.flatnonzero(files == number)
+                origins = [stream_tails(Origin(*origin)) for origin in read_origins(read_footer(place.path))]
+                tails[rows] = np.concatenate(origins)[positions[rows]]
         others = np.flatnonzero(tails[:, 0] == 0)
         if hashed and len(others):
             contract, rows_of_others = self._contract, self.named(table).take(pa.array(others))
@@ -549,11 +556,13 @@ class _Place:
 
     Attributes:
         stream: `(epoch, partition, topic, first)` of a stream's segment.
+        is_replay: it is a replay's segment, each row of which has an origin of its own.
         is_as_is: its columns are the very columns of the contract.
     """
 
     path: Path
     stream: tuple[int, int, str, int] | None = None
+    is_replay: bool = False
     is_as_is: bool = False
 
 
@@ -569,7 +578,8 @@ def _place(contract: ViewContract, path: Path, window: Window, own_columns: str)
     if isinstance(name, SegmentName) and (chain := parse_stream_chain(name.chain)) is not None:
         topic, partition, epoch = chain
         stream = epoch, partition, topic, name.first
-    return _Place(path, stream, footer.columns == own_columns)
+    is_replay = isinstance(name, SegmentName) and name.chain.startswith(REPLAY)
+    return _Place(path, stream, is_replay, footer.columns == own_columns)
 
 
 @lru_cache(maxsize=64)

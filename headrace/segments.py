@@ -44,6 +44,9 @@ _TEMPORARY = re.compile(r"\..+\.parquet\.[0-9a-f]{32}\.tmp")
 _DAY_NAME = re.compile(r"batch-(?P<day>\d{4}-\d{2}-\d{2})-(?P<snapshot>\d{20})")
 _ENDING = len("-0-") + 20 + len(SUFFIX)
 
+REPLAY = "replay-"
+"""How the chain of a topic's dead letters that were accepted later begins; the topic's name follows."""
+
 LEVELS = (0, 1, 2, 3)
 """0 is appended to, 1 and 2 are compaction's, 3 is retention's."""
 
@@ -91,7 +94,8 @@ class Footer:
         mark: `before` (positions from before Headrace began), `gap` (a head that the topic lost), `closed`,
             `retained` (rows that retention removed).
         successor: for a closed chain, the new topic's id and its start.
-        extra: of a day, what the batch chain notes: content hash and the like; of what retention made, its horizon.
+        extra: of a day, what the batch chain notes: content hash and the like; of what retention made, its horizon;
+            of a replay, `origins`: of each partition in turn the epoch, its number and the ranges of its rows' offsets.
         columns: what `columns_id` says of the file's columns; set when it is written.
     """
 
@@ -322,6 +326,14 @@ def _quick_note(path: Path, size: int) -> bytes | None:
 def read_accepted(path: Path) -> Offsets:
     """The offset of each row of a stream segment, in row order, ascending."""
     return decode_ranges(_entries(path).get(ACCEPTED, b""))
+
+
+def read_origins(footer: Footer) -> list[tuple[int, int, Offsets]]:
+    """Epoch, partition and offsets of the rows of a replay's segment, in row order; none for other segments."""
+    return [
+        (int(epoch), int(partition), decode_ranges(ranges.encode()))
+        for epoch, partition, ranges in footer.extra.get("origins", ())
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Faust commands of the stream: `faust -A streaming emit ...` and `faust -A streaming start ...`.
+"""Faust commands of the stream: `faust -A streaming emit|start|dead-letters|replay ...`.
 
-They only read options and print; what they do is in `streaming.emit` and `streaming.start`.
+They only read options and print; what they do is in the modules of the same names.
 """
 
 from __future__ import annotations
@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, ClassVar, NoReturn
 
 import click
 from faust.cli.base import AppCommand, option
 
+from headrace.conform import Reason
 from headrace.errors import HeadraceError
 from streaming import emit as emitting
+from streaming import letters as reading
+from streaming import replay as replaying
 from streaming import start as starting
 from streaming.settings import StreamConfig
 
@@ -30,8 +34,8 @@ class _Command(AppCommand):
         found: StreamConfig = self.app.config  # type: ignore[attr-defined]
         return found
 
-    def finish(self, work: Callable[[], Mapping[str, object]]) -> NoReturn:
-        """Do the work, print what it returns, exit."""
+    def finish(self, work: Callable[[], Mapping[str, object] | str]) -> NoReturn:
+        """Do the work, print what it returns (as JSON, if it is no text), exit."""
         try:
             result = work()
         except HeadraceError as error:
@@ -39,7 +43,7 @@ class _Command(AppCommand):
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.write((result if isinstance(result, str) else json.dumps(result)) + "\n")
         raise SystemExit(0)
 
 
@@ -105,3 +109,120 @@ class start(_Command):
         if chosen["new_epoch"]:
             self.finish(lambda: starting.new_epoch(self.config, chosen["topic"]))
         self.finish(lambda: starting.begin(self.config, chosen["topic"], chosen["at"]))
+
+
+_CHOICE = [
+    option("--topic", type=str, default=None, help="Only those of this topic."),
+    option("--view", type=str, default=None, help="Only those of this view."),
+    option("--reason", type=click.Choice([reason.value for reason in Reason]), default=None, help="Only those for it."),
+    option("--since", type=str, default=None, help="Only those written since then: 2026-01-31T12:00:00Z, 90m, 6h, 7d."),
+]
+
+
+def _choice(chosen: Mapping[str, Any]) -> reading.Choice:
+    since = chosen["since"]
+    return reading.Choice(
+        chosen["topic"], chosen["view"], chosen["reason"], None if since is None else reading.parse_since(since)
+    )
+
+
+class dead_letters(_Command):
+    """List the dead letters, counted by view, reason and field. With `faust --json` in a form for programs."""
+
+    abstract: ClassVar[bool] = False
+
+    options = [  # noqa: RUF012 - Faust declares it as an attribute of instances
+        *_CHOICE,
+        option("--newest", type=click.IntRange(min=0), default=0, help="Show so many of the newest, one by one, too."),
+    ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run the command."""
+        self.finish(self._listed)
+
+    def _listed(self) -> Mapping[str, object] | str:
+        found = reading.survey(self.config, _choice(self.kwargs), self.kwargs["newest"])
+        if self.state.json:
+            return _survey_json(found)
+        counts = [
+            [view, reason, field, str(group.count), _time(group.first_ms), _time(group.last_ms), _shown(group.example)]
+            for (view, reason, field), group in sorted(found.groups.items(), key=lambda item: -item[1].count)
+        ]
+        heads = ["view", "reason", "field", "letters", "first", "last", "example"]
+        tables = [self.tabulate(counts, heads, title="dead letters", wrap_last_row=False)] if counts else []
+        if found.newest:
+            rows = [
+                [f"{_origin(letter)}", letter.view, letter.reason, _time(letter.written_ms), _shown(letter.message)]
+                for letter in found.newest
+            ]
+            heads = ["record", "view", "reason", "written", "message"]
+            tables.append(self.tabulate(rows, heads, title="newest", wrap_last_row=False))
+        notes = [f"{found.count} letters"]
+        if found.foreign:
+            notes.append(f"{found.foreign} records that are no letters of ours")
+        return "\n".join([*tables, ", ".join(notes)])
+
+
+class replay(_Command):
+    """Try dead letters once more: what is accepted now goes to both stores. Nothing is produced to any topic."""
+
+    abstract: ClassVar[bool] = False
+
+    options = [  # noqa: RUF012 - Faust declares it as an attribute of instances
+        *_CHOICE,
+        option("--dry-run", is_flag=True, help="Count what would become of them, and write nothing."),
+    ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run the command."""
+        self.finish(
+            lambda: replaying.replay(
+                self.config, _choice(self.kwargs), dry_run=self.kwargs["dry_run"], progress=_show_progress
+            )
+        )
+
+
+def _show_progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{done:,} of {total:,} letters read" + ("\n" if done >= total else ""))
+        sys.stderr.flush()
+
+
+def _survey_json(found: reading.Survey) -> Mapping[str, object]:
+    groups = [
+        {
+            "view": view,
+            "reason": reason,
+            "field": field,
+            "letters": group.count,
+            "first": _time(group.first_ms),
+            "last": _time(group.last_ms),
+            "example": group.example,
+        }
+        for (view, reason, field), group in sorted(found.groups.items())
+    ]
+    newest = [
+        {
+            "record": _origin(letter),
+            "view": letter.view,
+            "reason": letter.reason,
+            "field": letter.field,
+            "message": letter.message,
+            "written": _time(letter.written_ms),
+        }
+        for letter in found.newest
+    ]
+    return {"letters": found.count, "foreign": found.foreign, "groups": groups, "newest": newest}
+
+
+def _origin(letter: reading.StoredLetter) -> str:
+    return f"{letter.topic}[{letter.origin_partition}]@{letter.origin_offset}"
+
+
+def _time(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _shown(text: str) -> str:
+    """Text of hostile origin for a terminal: no control characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -22,7 +22,7 @@ from streaming.slices import Record, TopicPartition
 
 SUFFIX = ".dlq"
 KEPT_BYTES = 64 * 1024
-_PREFIX = "headrace."
+PREFIX = "headrace."
 
 Headers = list[tuple[str, str | bytes | None]]
 
@@ -57,7 +57,7 @@ class Letter:
             "writer": f"headrace {__version__}",
         }
         own: Headers = [(str(key), value) for key, value in self.record.headers]
-        return own + [(_PREFIX + key, text.encode("utf-8", "replace")) for key, text in ours.items()]
+        return own + [(PREFIX + key, text.encode("utf-8", "replace")) for key, text in ours.items()]
 
 
 class DeadLetterError(TransientError):
@@ -154,7 +154,7 @@ class DeadLetterWriter:
     def _cut(letter: Letter) -> tuple[Letter, bytes | None, Headers]:
         value, headers = letter.record.value, letter.headers()
         if value is not None and len(value) > KEPT_BYTES:
-            headers.append((_PREFIX + "sha256", hashlib.sha256(value).hexdigest().encode()))
-            headers.append((_PREFIX + "size", str(len(value)).encode()))
+            headers.append((PREFIX + "sha256", hashlib.sha256(value).hexdigest().encode()))
+            headers.append((PREFIX + "size", str(len(value)).encode()))
             value = value[:KEPT_BYTES]
         return letter, value, headers

@@ -27,11 +27,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from headrace.chains import StreamEnd, StreamLedger
-from headrace.conform import Reject, conform
+from headrace.conform import Reject
 from headrace.errors import LostRaceError, TerminalError
 from streaming.deadletters import Letter
 from streaming.decode import JsonDecoder
 from streaming.health import OFFLINE, ONLINE, Health
+from streaming.judgement import judge
 from streaming.settings import StreamSettings, View
 from streaming.slices import Record, Slice, TopicPartition
 
@@ -370,35 +371,23 @@ class Lane:
     def _decode(self, pieces: list[Slice]) -> Batch:
         """Slices that follow each other to columns. Pure but for the clock."""
         records: list[Record] = [record for piece in pieces for record in piece.records]
-        decoded = self._decoder([record.value for record in records])
-        conformed = conform(
-            self.view.contract,
-            decoded.table,
-            now_us=time.time_ns() // 1000,
-            max_future_us=int(self._settings.max_skew_seconds * 1e6),
-            transform=self.view.transform,
-        )
-        rejects = decoded.rejects + [
-            Reject(int(decoded.rows[r.row]), r.reason, r.field, r.message) for r in conformed.rejects
-        ]
-        rejects.sort(key=lambda reject: reject.row)
-        accepted = decoded.rows[conformed.rows]
+        values = [record.value for record in records]
+        judged = judge(self.view, self._decoder, values, self._settings.max_skew_seconds)
         offsets = np.fromiter((record.offset for record in records), np.int64, len(records))
         produced = np.fromiter((record.timestamp or 0 for record in records), np.int64, len(records))
-        skipped = len(decoded.skipped) + len(conformed.skipped)
-        self._count(len(records), len(accepted), rejects, skipped)
+        self._count(len(records), len(judged.rows), judged.rejects, judged.skipped)
         origin = (self._name, self.partition, self._topic_id)
         return Batch(
             first=pieces[0].first,
             next=pieces[-1].next,
-            table=conformed.table,
-            offsets=offsets[accepted],
-            produced_ms=produced[accepted],
-            letters=[Letter(*origin, records[reject.row], reject) for reject in rejects],
-            skipped=skipped,
+            table=judged.table,
+            offsets=offsets[judged.rows],
+            produced_ms=produced[judged.rows],
+            letters=[Letter(*origin, records[reject.row], reject) for reject in judged.rejects],
+            skipped=judged.skipped,
             size=sum(piece.size for piece in pieces),
             fetched_s=pieces[0].fetched_s,
-            rejected=len(rejects),
+            rejected=len(judged.rejects),
         )
 
     def _count(self, received: int, accepted: int, rejects: list[Reject], skipped: int) -> None:
