@@ -7,6 +7,7 @@ says where the chain ends now. There is no other bookkeeping that could disagree
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -234,6 +235,22 @@ class StreamLedger:
                     is_there = np.isin(offsets[rows], read_accepted(path))
                     found[rows] = np.where(is_there, Standing.ACCEPTED.value, Standing.OPEN.value)
             return [Standing(name) for name in found.tolist()]
+
+        return self._folder.settled(read)
+
+    def recent(self, epoch: int, servers: Sequence[str], within_s: float) -> list[Path]:
+        """The segments with rows that came within the last seconds and name other online servers than these."""
+
+        def read() -> list[Path]:
+            found: list[Path] = []
+            for segment in reversed(self._folder.chain(self._name(epoch)).valid):
+                path = self._folder.path_of(segment)
+                if path.stat().st_mtime < time.time() - within_s:
+                    break
+                newest = read_footer(path)
+                if newest.min_us is not None and newest.servers != tuple(servers):
+                    found.append(path)
+            return found
 
         return self._folder.settled(read)
 

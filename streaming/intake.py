@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -21,13 +22,14 @@ from feast import FeatureStore
 
 from headrace.chains import StreamEnd, StreamLedger
 from headrace.errors import ChainClosedError, LedgerError, LostRaceError
+from headrace.materialize import apply_newest
 from headrace.online import server_ids, write_online
 from headrace.repository import open_store
 from streaming.broker import Broker, client_config
 from streaming.deadletters import DeadLetterWriter, Letter
 from streaming.decode import JsonDecoder
 from streaming.health import Health
-from streaming.lane import Budget, Int64s, Lane, Pools, TopicReplacedError, replaced
+from streaming.lane import SERVERS_AGE_S, Budget, Int64s, Lane, Pools, TopicReplacedError, replaced
 from streaming.settings import StreamConfig, View
 from streaming.slices import Position, Slice, TopicPartition
 
@@ -83,6 +85,7 @@ class RealStores:
         self._broker = broker
         self._feast: FeatureStore | None = None
         self._letters: DeadLetterWriter | None = None
+        self._servers: tuple[float, tuple[str, ...]] | None = None
 
     def write_letters(self, letters: Sequence[Letter]) -> None:
         """See `Stores`."""
@@ -95,8 +98,15 @@ class RealStores:
         return write_online(self._store(), view.contract, table, epoch=epoch, partition=partition, offsets=offsets)
 
     def server_ids(self) -> tuple[str, ...]:
+        """See `Stores`. Asked once for all lanes."""
+        now_s = time.monotonic()
+        if self._servers is None or now_s - self._servers[0] > SERVERS_AGE_S:
+            self._servers = now_s, server_ids(self._store())
+        return self._servers[1]
+
+    def apply_recent(self, view: View, paths: Sequence[Path]) -> int:
         """See `Stores`."""
-        return server_ids(self._store())
+        return apply_newest(self._store(), view.contract, paths)[1]
 
     def topic_id(self, topic: str, not_before_s: float) -> str | None:
         """See `Stores`."""

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -38,7 +39,7 @@ from streaming.slices import Record, Slice, TopicPartition
 
 logger = logging.getLogger(__name__)
 
-SERVERS_AGE_S = 10.0
+SERVERS_AGE_S = 5.0
 """How old the ids of the online servers may be. Old ones are safe: they differ if the store has forgotten since."""
 
 SLOW_S = 3.0
@@ -66,7 +67,10 @@ class Stores(Protocol):
         """Newest wins; how many keys were written."""
 
     def server_ids(self) -> tuple[str, ...]:
-        """The ids of the online servers."""
+        """The ids of the online servers, at most `SERVERS_AGE_S` old."""
+
+    def apply_recent(self, view: View, paths: Sequence[Path]) -> int:
+        """Write online what some segments hold, newest wins; how many keys were written."""
 
     def topic_id(self, topic: str, not_before_s: float) -> str | None:
         """The topic's id, as heard after a moment of the monotonic clock."""
@@ -220,8 +224,8 @@ class Lane:
         self._name = view.contract.name
         self._taken = start.end
         self._outstanding = 0
-        self._servers: tuple[str, ...] | None = None
-        self._servers_s = 0.0
+        self._servers = start.servers
+        self._unappended: list[Batch] = []
         self._inbox: asyncio.Queue[Slice | None] = asyncio.Queue()
         self._decoded: asyncio.Queue[Batch | None] = asyncio.Queue(WAITING_BATCHES)
         self._online: asyncio.Queue[Batch | None] = asyncio.Queue()
@@ -304,26 +308,61 @@ class Lane:
                 return
 
     async def _online_step(self) -> None:
-        while (batch := await self._decoded.get()) is not None:
-            waiting = [batch]
-            is_last = False
-            while not self._decoded.empty() and not is_last:
-                more = self._decoded.get_nowait()
-                if more is None:
-                    is_last = True
-                else:
-                    waiting.append(more)
-            servers = await self._server_ids()
-            merged = Batch.merge(waiting)
-            merged.servers = servers
-            if merged.table.num_rows:
-                keys = await self._insist("online", self._pools.online, partial(self._write_online, merged))
-                self._health.keys.labels(self._name).inc(keys)
-                self._health.succeeded(self._name, ONLINE, merged.produced_ms)
-            self._online.put_nowait(merged)
-            if is_last:
-                break
+        is_last = False
+        while not is_last:
+            try:
+                batch = await asyncio.wait_for(self._decoded.get(), SERVERS_AGE_S)
+            except TimeoutError:
+                await self._look_at_servers()
+                continue
+            waiting: list[Batch] = []
+            is_last = batch is None
+            while batch is not None:
+                waiting.append(batch)
+                if self._decoded.empty():
+                    break
+                batch = self._decoded.get_nowait()
+                is_last = batch is None
+            if waiting:
+                await self._look_at_servers()
+                merged = Batch.merge(waiting)
+                merged.servers = self._servers
+                self._unappended.append(merged)
+                await self._bring(merged)
+                self._online.put_nowait(merged)
         self._online.put_nowait(None)
+
+    async def _bring(self, batch: Batch) -> None:
+        if batch.table.num_rows:
+            keys = await self._insist("online", self._pools.online, partial(self._write_online, batch))
+            self._health.keys.labels(self._name).inc(keys)
+            self._health.succeeded(self._name, ONLINE, batch.produced_ms)
+
+    async def _look_at_servers(self) -> None:
+        """Where the online servers are not those of before, bring what they may have forgotten.
+
+        That is what was appended lately under the former ids, and what is not appended yet.
+        """
+        present = await self._insist("online", self._pools.online, self._stores.server_ids)
+        former, self._servers = self._servers, present
+        if former in ((), present):
+            return
+        within_s = self._settings.apply_again_seconds
+        paths = await self._insist(
+            "online", self._pools.offline, lambda: self._ledger.recent(self.epoch, present, within_s)
+        )
+        written = await self._insist("online", self._pools.online, lambda: self._stores.apply_recent(self.view, paths))
+        for batch in self._unappended:
+            if batch.table.num_rows:
+                written += await self._insist("online", self._pools.online, partial(self._write_online, batch))
+        logger.warning(
+            "%s: the online servers are not those of before and may have forgotten: %d recent segments and %d batches "
+            "were applied again, %d keys were not there",
+            self._label,
+            len(paths),
+            len(self._unappended),
+            written,
+        )
 
     async def _append_step(self) -> None:
         gathering = Gathering()
@@ -352,6 +391,7 @@ class Lane:
         if batch.next > batch.first:
             path = await self._insist("offline", self._pools.offline, lambda: self._commit(batch))
         self.end = batch.next
+        self._unappended = [one for one in self._unappended if one.next > batch.next]
         self._budget.give(batch.size)
         self._outstanding -= batch.size
         health = self._health
@@ -417,14 +457,6 @@ class Lane:
             servers=batch.servers,
             transform_hash=self.view.transform.hash if self.view.transform is not None else None,
         )
-
-    async def _server_ids(self) -> tuple[str, ...]:
-        """The ids of the online servers before the write: what is written later is at least on these."""
-        now = time.monotonic()
-        if self._servers is None or now - self._servers_s > SERVERS_AGE_S:
-            self._servers = await self._insist("online", self._pools.online, self._stores.server_ids)
-            self._servers_s = now
-        return self._servers
 
     async def _timed(self, step: str, pool: Executor, work: Callable[[], Result]) -> Result:
         def measured() -> Result:

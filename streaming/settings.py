@@ -34,6 +34,7 @@ class StreamSettings(Settings):
         in_flight_bytes: the bound on payload bytes that were fetched and not yet appended; fetching pauses there.
         max_skew_seconds: how far ahead of the clock an event may be dated.
         store_retry_seconds: how long a store or the dead-letter topic may fail before the worker gives up.
+        apply_again_seconds: how far back appended rows are written online once more where a store may have forgotten.
         short_log_seconds: how long a log may be shorter than its ledger before its topic is stopped.
         allow_gaps: whether to go on, with the gap recorded, where a topic lost events that were not read yet.
         web_host, web_port: where `/healthz`, `/readyz` and `/metrics` are served.
@@ -55,6 +56,7 @@ class StreamSettings(Settings):
     in_flight_bytes: int = Field(default=256 * MEBIBYTE, gt=0)
     max_skew_seconds: float = Field(default=300.0, ge=0)
     store_retry_seconds: float = Field(default=120.0, gt=0)
+    apply_again_seconds: float = Field(default=600.0, ge=0)
     short_log_seconds: float = Field(default=30.0, ge=0)
     allow_gaps: bool = False
     web_host: str = "127.0.0.1"

@@ -85,6 +85,30 @@ def test_sigterm_while_a_store_hangs(stream: Stream, valkey_server: Valkey, tmp_
     assert seconds < 10
 
 
+def test_an_online_store_that_forgot_gets_back_what_is_recent(
+    make_stream: StreamFactory, valkey_server: Valkey, tmp_path: Path
+) -> None:
+    """The server loses everything and comes back as another: running workers and new ones bring it."""
+    stream = make_stream(append_seconds=2)
+    with Worker(stream.environment, tmp_path / "log") as worker:
+        worker.start().wait_ready()
+        emit(stream.environment, count=3000, seed=8, late_fraction=0.1, keys=200)
+        worker.wait_drained(stream.ends())
+        valkey_server.kill()
+        valkey_server.start()
+        emit(stream.environment, count=10, seed=9, keys=2)
+        worker.wait(lambda: "applied again" in worker.tail(), 30, "told of it")
+        worker.wait_drained(stream.ends())
+        verify(stream.broker, stream.topic, stream.repo)
+        worker.stop()
+        valkey_server.kill()
+        valkey_server.start()
+        worker.start().wait_ready()
+        worker.wait(lambda: worker.log.read_text().count("applied again") >= 8, 30, "told of it again")
+        worker.stop()
+    verify(stream.broker, stream.topic, stream.repo)
+
+
 def test_two_workers_share_and_take_over(stream: Stream, tmp_path: Path) -> None:
     emitter = subprocess.Popen(
         [*FAUST, "emit", "--rate", "1500", "--count", "30000", "--seed", "5", "--bad-fraction", "0.05"],

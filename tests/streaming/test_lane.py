@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from headrace.chains import Folder, StreamLedger, accepted_offsets
@@ -50,6 +52,7 @@ class FakeStores:
         self.letters: list[int] = []
         self.online: dict[int, int] = {}
         self.topic = "id-1"
+        self.servers: tuple[str, ...] = ("server",)
         self.fail: Callable[[str], None] = lambda step: None
 
     def write_letters(self, letters: Sequence[Letter]) -> None:
@@ -64,7 +67,12 @@ class FakeStores:
 
     def server_ids(self) -> tuple[str, ...]:
         self.fail("servers")
-        return ("server",)
+        return self.servers
+
+    def apply_recent(self, view: View, paths: Sequence[Path]) -> int:
+        self.fail("recent")
+        tables = [(pq.read_table(path), accepted_offsets(path)) for path in paths]
+        return sum(self.write_online(view, table, 0, 0, offsets) for table, offsets in tables)
 
     def topic_id(self, topic: str, not_before_s: float) -> str | None:
         self.fail("topic")
@@ -353,3 +361,34 @@ def test_letters_carry_their_origin() -> None:
     )
     assert headers["headrace.timestamp_ms"] == b"1700000000000"
     assert json.dumps([key for key in headers if key.startswith("headrace.")])
+
+
+def test_a_store_that_forgot_is_given_again_what_is_recent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was appended under the former server, and what waits to be appended; also on an idle partition."""
+    monkeypatch.setattr("streaming.lane.SERVERS_AGE_S", 0.05)
+
+    async def scenario() -> None:
+        bench = Bench(tmp_path, append_seconds=0.01)
+        lane = bench.lane()
+        lane.put(piece(0, 20))
+        await until(lambda: lane.end == 20)
+        bench.settings = bench.settings.model_copy(update={"append_seconds": 60.0})
+        await lane.finish(1)
+        lane = bench.lane()
+        lane.put(replace(piece(20, 40), fetched_s=time.monotonic()))
+        await until(lambda: max(bench.stores.online, default=0) >= 38)
+        before = dict(bench.stores.online)
+        bench.stores.online.clear()
+        bench.stores.servers = ("another",)
+        await until(lambda: bench.stores.online == before)
+        assert lane.end == 20
+        lane.drop()
+
+    asyncio.run(scenario())
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
