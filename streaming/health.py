@@ -140,7 +140,6 @@ class Health:
             registry=self.registry,
         )
         self.failing: dict[tuple[str, str], str] = {}
-        self.stopped: dict[str, str] = {}
         self.working: set[object] = set()
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:

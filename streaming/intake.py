@@ -1,7 +1,10 @@
 """The stream between assignments: where each partition begins, who takes its slices, what has become of it.
 
-All state here belongs to the event loop and, but for the topics that were stopped, to one assignment: a new one begins
+All state here belongs to the event loop and, but for the views that were stopped, to one assignment: a new one begins
 with the ledgers and forgets expected offsets, buffers and tasks of the former.
+
+The views of a topic are read together. One that cannot go on, or that is too far behind the others, is left out, and
+the others go on; the worker ends when none is left.
 """
 
 from __future__ import annotations
@@ -21,15 +24,24 @@ import pyarrow as pa
 from feast import FeatureStore
 
 from headrace.chains import StreamEnd, StreamLedger
-from headrace.errors import ChainClosedError, LedgerError, LostRaceError
+from headrace.errors import ChainClosedError, HeadraceError, LedgerError, LostRaceError
 from headrace.materialize import apply_newest
 from headrace.online import server_ids, write_online
 from headrace.repository import open_store
-from streaming.broker import Broker, client_config
+from streaming.broker import Broker, Log, client_config
 from streaming.deadletters import DeadLetterWriter, Letter
 from streaming.decode import JsonDecoder
 from streaming.health import Health
-from streaming.lane import SERVERS_AGE_S, Budget, Int64s, Lane, Pools, TopicReplacedError, replaced
+from streaming.lane import (
+    SERVERS_AGE_S,
+    Budget,
+    Int64s,
+    Lane,
+    Pools,
+    StoreDownError,
+    TopicReplacedError,
+    replaced,
+)
 from streaming.settings import StreamConfig, View
 from streaming.slices import Position, Slice, TopicPartition
 
@@ -39,6 +51,9 @@ FINISH_S = 5.0
 """How long an assignment that ends may take to append what it has."""
 
 RESYNC_PAUSE_S = 1.0
+
+SECOND_LOOK_S = 10.0
+"""After so long it is looked again at a view that was left out for a reason that may pass."""
 
 Result = TypeVar("Result")
 
@@ -57,7 +72,15 @@ class Mover(Protocol):
 
 
 class StoppedError(Exception):
-    """A topic cannot go on; the message names the facts and the command that helps."""
+    """A view cannot go on with a topic; the message names the facts and the command that helps."""
+
+
+class ViewError(Exception):
+    """The ledger of a view cannot be read now."""
+
+    def __init__(self, view: View, why: Exception) -> None:
+        super().__init__(f"feature view `{view.contract.name}`: {why}")
+        self.view = view
 
 
 class OutdatedError(Exception):
@@ -146,6 +169,9 @@ class StreamIntake:
         self._decoders = {
             view.contract.name: JsonDecoder(view.contract) for views in config.views.values() for view in views
         }
+        self._stopped: dict[tuple[str, str], str] = {}
+        self._passing: set[tuple[str, str]] = set()
+        self._behind: dict[tuple[TopicPartition, str], str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         health.partitions.source = self._gauges
 
@@ -172,7 +198,7 @@ class StreamIntake:
         if assignment != self._assignment:
             return {}
         self._generation = generation
-        starts = await asyncio.gather(*(self._begin_safely(partition) for partition in sorted(partitions)))
+        starts = await asyncio.gather(*(self._begin_safely(partition, assignment) for partition in sorted(partitions)))
         found = dict(zip(sorted(partitions), starts, strict=True))
         logger.info(
             "generation %d: %s",
@@ -186,7 +212,10 @@ class StreamIntake:
         await self._end_assignment()
 
     async def has_room(self, timeout_s: float) -> bool:
-        """See `Intake`."""
+        """See `Intake`. A view that fails may not keep the others waiting: what it holds is given back."""
+        if self._room.is_spent and (lane := self._hindrance()) is not None:
+            reason = f"{lane.failing}; it holds all that may be in flight while other views wait"
+            self._stop(lane.partition.topic, lane.view, reason, passes=True)
         return await self._room.wait(timeout_s)
 
     def committable(self) -> Mapping[TopicPartition, int]:
@@ -231,7 +260,8 @@ class StreamIntake:
     def faults(self) -> list[str]:
         """What keeps the worker from being ready, in words."""
         failing = [f"{label}: step {step} fails: {why}" for (label, step), why in self._health.failing.items()]
-        return failing + list(self._health.stopped.values())
+        stopped = [f"{name} is left out of topic `{topic}`: {why}" for (topic, name), why in self._stopped.items()]
+        return [*failing, *stopped, *self._behind.values()]
 
     def close(self) -> None:
         """Let go of threads and connections."""
@@ -247,6 +277,9 @@ class StreamIntake:
         assignment = self._assignment
         self._generation = None
         runs, self._runs = self._runs, {}
+        self._stopped = {key: reason for key, reason in self._stopped.items() if key not in self._passing}
+        self._passing.clear()
+        self._behind.clear()
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
         async with self._ending:  # the next may read the ledgers when the lanes of all before have ended
@@ -256,18 +289,17 @@ class StreamIntake:
                 self._committed[partition] = min(lane.end for lane in run.lanes)
         return assignment
 
-    async def _begin_safely(self, partition: TopicPartition) -> int | None:
-        """Begin a partition; None if it is held because its topic is stopped or its log is too short for now."""
-        assignment = self._assignment
+    async def _begin_safely(self, partition: TopicPartition, assignment: int) -> int | None:
+        """Begin a partition; None if it is held because no view can go on with it or its log is too short for now."""
         deadline = time.monotonic() + self._settings.store_retry_seconds
         pause_s = 0.1
-        while True:
+        while assignment == self._assignment:
             try:
-                if partition.topic in self._health.stopped:
+                if not self._served(partition.topic):
                     break
-                return await self._begin(partition)
-            except StoppedError as error:
-                self._stop(partition.topic, str(error))
+                start = await self._begin(partition, assignment)
+                if self._runs[partition].lanes:
+                    return start
                 break
             except ShortLogError as error:
                 logger.warning("%s[%d]: %s", *partition, error)
@@ -277,55 +309,93 @@ class StreamIntake:
             except OutdatedError:
                 return None
             except Exception as error:  # noqa: BLE001 - whatever it is, it is retried or named
-                if time.monotonic() + pause_s > deadline:
+                if time.monotonic() + pause_s <= deadline:
+                    logger.warning("%s[%d]: cannot begin yet: %s", *partition, error)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, 5.0)
+                elif isinstance(error, ViewError):
+                    self._stop(partition.topic, error.view, str(error), passes=True)
+                else:
                     self._on_fatal(error)
                     break
-                logger.warning("%s[%d]: cannot begin yet: %s", *partition, error)
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, 5.0)
-            if assignment != self._assignment:
-                return None
+        if assignment != self._assignment:
+            return None
         self._runs[partition] = Run(Position(0), [])
         await self._consumer.hold(partition)
         return None
 
-    async def _begin(self, partition: TopicPartition) -> int:
-        """Read the ledgers, compare them with the log, and open the lanes.
+    async def _begin(self, partition: TopicPartition, assignment: int) -> int:
+        """Read the ledgers, compare them with the log, and open the lanes of the views that go on together.
 
         Raises:
-            StoppedError, ShortLogError: see there.
+            ShortLogError, ViewError, OutdatedError: see there.
         """
-        assignment = self._assignment
-        views = self._config.views[partition.topic]
         asked_s = time.monotonic()
         present = await self._look(lambda: self._broker.topic_id(partition.topic, asked_s))
         log = await self._look(lambda: self._broker.log(*partition))
-        lanes: list[tuple[View, StreamLedger, StreamEnd]] = []
-        for view in views:
+        ledgers: list[tuple[View, StreamLedger, StreamEnd]] = []
+        for view in self._served(partition.topic):
             ledger = StreamLedger(view.contract, *partition)
             try:
-                end = await self._look(ledger.end)
-                if end.exists and None not in (present, end.topic_id) and present != end.topic_id:
-                    raise StoppedError(replaced(partition.topic, end.topic_id, present))
-                if not end.exists:
-                    end = await self._look(partial(ledger.begin, log.earliest, present))
-                elif end.end < log.earliest:
-                    end = await self._lost_head(view, ledger, end, log.earliest, present)
-            except LedgerError as error:
-                raise StoppedError(str(error)) from error
+                end = await self._where(view, ledger, partition, log, present)
+            except (StoppedError, LedgerError) as error:
+                self._stop(partition.topic, view, str(error))
+                continue
+            except OSError as error:
+                raise ViewError(view, error) from error
             if end.end > log.latest:
                 msg = (
                     f"the log of {partition.topic}[{partition.partition}] ends at {log.latest}, the ledger of "
                     f"`{view.contract.name}` at {end.end}"
                 )
                 raise ShortLogError(msg)
-            lanes.append((view, ledger, end))
+            ledgers.append((view, ledger, end))
         if assignment != self._assignment:
             raise OutdatedError
-        start = min(end.end for _, _, end in lanes)
-        opened = [self._open(view, partition, ledger, end, present) for view, ledger, end in lanes]
+        together = self._together(partition, ledgers)
+        start = min((end.end for _, _, end in together), default=0)
+        opened = [self._open(view, partition, ledger, end, present) for view, ledger, end in together]
         self._runs[partition] = Run(Position(start), opened)
         return start
+
+    async def _where(
+        self, view: View, ledger: StreamLedger, partition: TopicPartition, log: Log, present: str | None
+    ) -> StreamEnd:
+        """Where a ledger ends, begun if it is new.
+
+        Raises:
+            StoppedError: it is not of this topic, or the topic has no longer what comes next.
+        """
+        end = await self._look(ledger.end)
+        if end.exists and None not in (present, end.topic_id) and present != end.topic_id:
+            raise StoppedError(replaced(partition.topic, end.topic_id, present))
+        if not end.exists:
+            return await self._look(partial(ledger.begin, log.earliest, present))
+        if end.end < log.earliest:
+            return await self._lost_head(view, partition, ledger, end, log.earliest, present)
+        return end
+
+    def _together(
+        self, partition: TopicPartition, ledgers: list[tuple[View, StreamLedger, StreamEnd]]
+    ) -> list[tuple[View, StreamLedger, StreamEnd]]:
+        """Those that are read together, from the lowest end: not who would keep the others reading what they have."""
+        furthest = max((end.end for _, _, end in ledgers), default=0)
+        together = []
+        for view, ledger, end in ledgers:
+            name = view.contract.name
+            self._behind.pop((partition, name), None)
+            if furthest - end.end <= self._settings.view_gap_offsets:
+                together.append((view, ledger, end))
+                continue
+            reason = (
+                f"`{name}` is left out of {partition.topic}[{partition.partition}]: it is {furthest - end.end} offsets "
+                "behind the other views (HEADRACE_VIEW_GAP_OFFSETS); let it catch up in a worker of its own: "
+                f"HEADRACE_VIEWS={name} faust -A streaming worker"
+            )
+            logger.error(reason)
+            self._behind[partition, name] = reason
+            self._spawn(self._watch_behind(partition, view, self._assignment))
+        return together
 
     def _open(
         self, view: View, partition: TopicPartition, ledger: StreamLedger, end: StreamEnd, present: str | None
@@ -346,12 +416,19 @@ class StreamIntake:
         )
 
     async def _lost_head(
-        self, view: View, ledger: StreamLedger, end: StreamEnd, earliest: int, present: str | None
+        self,
+        view: View,
+        partition: TopicPartition,
+        ledger: StreamLedger,
+        end: StreamEnd,
+        earliest: int,
+        present: str | None,
     ) -> StreamEnd:
         """The topic no longer has what the ledger wants next: record the gap if that is allowed, else stop."""
         facts = (
-            f"the ledger of `{view.contract.name}` ends at {end.end}, and the oldest event that the topic still has is "
-            f"{earliest}: {earliest - end.end} offsets were lost by retention"
+            f"the ledger of `{view.contract.name}` for {partition.topic}[{partition.partition}] ends at {end.end}, and "
+            f"the oldest event that the topic still has is {earliest}: {earliest - end.end} offsets were lost by "
+            "retention"
         )
         if not self._settings.allow_gaps:
             msg = f"{facts}; set HEADRACE_ALLOW_GAPS=true to record the gap and go on"
@@ -373,7 +450,7 @@ class StreamIntake:
         for lane in run.lanes:
             lane.drop()
         assignment = self._assignment
-        start = await self._begin_safely(partition)
+        start = await self._begin_safely(partition, assignment)
         if start is not None and assignment == self._assignment:
             self._health.resyncs.labels(partition.topic).inc()
             logger.info("%s[%d]: goes on from %d", *partition, start)
@@ -386,20 +463,16 @@ class StreamIntake:
             await asyncio.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
             key = _short_key(partition)
             try:
-                start = await self._begin(partition)
+                start = await self._begin(partition, assignment)
             except ShortLogError as error:
                 if time.monotonic() < deadline:
                     continue
                 self._health.failing.pop(key, None)
-                self._stop(
+                self._stop_all(
                     partition.topic,
                     f"{error}, for {self._settings.short_log_seconds:g} s: it is another log; if that is intended, run "
                     f"`faust -A streaming start --topic {partition.topic} --new-epoch` and start the worker again",
                 )
-                return
-            except StoppedError as error:
-                self._health.failing.pop(key, None)
-                self._stop(partition.topic, str(error))
                 return
             except OutdatedError:
                 return
@@ -407,9 +480,21 @@ class StreamIntake:
                 logger.warning("%s[%d]: %s", *partition, error)
                 continue
             self._health.failing.pop(key, None)
-            logger.info("%s[%d]: the log is long enough again; from %d", *partition, start)
-            await self._consumer.move(partition, start)
+            if self._runs[partition].lanes:
+                logger.info("%s[%d]: the log is long enough again; from %d", *partition, start)
+                await self._consumer.move(partition, start)
             return
+
+    async def _watch_behind(self, partition: TopicPartition, view: View, assignment: int) -> None:
+        """Take a view back in when it has caught up, in whatever worker it did."""
+        ledger = StreamLedger(view.contract, *partition)
+        while assignment == self._assignment and (partition, view.contract.name) in self._behind:
+            await asyncio.sleep(SECOND_LOOK_S)
+            end = (await self._look(ledger.end)).end
+            run = self._runs.get(partition)
+            if run is not None and run.position.expected - end <= self._settings.view_gap_offsets:
+                await self._restart(partition)
+                return
 
     def _lane_fault(self, lane: Lane, error: BaseException) -> None:
         """A lane ended by itself."""
@@ -419,25 +504,67 @@ class StreamIntake:
             run = self._runs.get(partition)
             if run is not None and lane in run.lanes:  # else it belongs to an assignment that ended
                 self._spawn(self._restart(partition))
-        elif isinstance(error, TopicReplacedError | LedgerError):
-            self._stop(partition.topic, str(error))
+        elif isinstance(error, TopicReplacedError):
+            self._stop_all(partition.topic, str(error))
+        elif isinstance(error, HeadraceError):
+            self._stop(partition.topic, lane.view, str(error), passes=isinstance(error, StoreDownError))
         else:
             self._on_fatal(error)
 
-    def _stop(self, topic: str, reason: str) -> None:
-        """Take a topic out; with no topic left the worker ends."""
-        if topic in self._health.stopped:
+    def _stop_all(self, topic: str, reason: str) -> None:
+        """Leave a topic alone."""
+        for view in self._config.views[topic]:
+            self._stop(topic, view, reason)
+
+    def _stop(self, topic: str, view: View, reason: str, *, passes: bool = False) -> None:
+        """Leave a view of a topic out; with none left the worker ends.
+
+        Args:
+            passes: the reason may: it is tried again.
+        """
+        name = view.contract.name
+        if (topic, name) in self._stopped:
             return
-        logger.error("topic `%s` is stopped: %s", topic, reason)
-        self._health.stopped[topic] = reason
+        logger.error("`%s` is left out of topic `%s`: %s", name, topic, reason)
+        self._stopped[topic, name] = reason
         for partition, run in self._runs.items():
-            if partition.topic == topic:
-                for lane in run.lanes:
+            if partition.topic == topic and run.lanes:
+                for lane in [lane for lane in run.lanes if lane.view is view]:
                     lane.drop()
-                run.lanes = []
-                self._spawn(self._consumer.hold(partition))
-        if len(self._health.stopped) == len(self._config.views):
+                    run.lanes.remove(lane)
+                if not run.lanes:
+                    self._spawn(self._consumer.hold(partition))
+        if len(self._stopped) == sum(len(views) for views in self._config.views.values()):
             self._on_fatal(StoppedError(reason))
+        elif passes:
+            self._passing.add((topic, name))
+            self._spawn(self._take_in(topic, view, self._assignment))
+
+    async def _take_in(self, topic: str, view: View, assignment: int) -> None:
+        """Try again with a view that was left out; the other views of the topic go back with it."""
+        await asyncio.sleep(SECOND_LOOK_S)
+        self._passing.discard((topic, view.contract.name))
+        self._stopped.pop((topic, view.contract.name), None)
+        if assignment == self._assignment:
+            logger.info("`%s` is tried again with topic `%s`", view.contract.name, topic)
+            for partition in [partition for partition in self._runs if partition.topic == topic]:
+                await self._restart(partition)
+
+    def _served(self, topic: str) -> list[View]:
+        """The views of a topic that are not left out."""
+        return [view for view in self._config.views[topic] if (topic, view.contract.name) not in self._stopped]
+
+    def _hindrance(self) -> Lane | None:
+        """Of the lanes whose step fails the one that holds most, if another view waits for room that would go on."""
+        lanes = [(partition, run, lane) for partition, run in self._runs.items() for lane in run.lanes]
+        failing = [lane for _, _, lane in lanes if lane.failing is not None]
+        faulty = {lane.view.contract.name for lane in failing}
+        waits = any(
+            lane.view.contract.name not in faulty
+            and (self._consumer.high_water(partition) or 0) > run.position.expected
+            for partition, run, lane in lanes
+        )
+        return max(failing, key=lambda lane: lane.outstanding) if failing and waits else None
 
     # -- small things ------------------------------------------------------------------------------------------------
 

@@ -269,6 +269,16 @@ class Lane:
             del self._health.failing[key]
 
     @property
+    def outstanding(self) -> int:
+        """The bytes that it has taken and not appended."""
+        return self._outstanding
+
+    @property
+    def failing(self) -> str | None:
+        """What one of its steps fails for, now."""
+        return next((why for (label, _), why in self._health.failing.items() if label == self._label), None)
+
+    @property
     def _label(self) -> str:
         return f"{self._name} {self.partition.topic}[{self.partition.partition}]"
 

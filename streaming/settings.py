@@ -36,6 +36,7 @@ class StreamSettings(Settings):
         store_retry_seconds: how long a store or the dead-letter topic may fail before the worker gives up.
         apply_again_seconds: how far back appended rows are written online once more where a store may have forgotten.
         short_log_seconds: how long a log may be shorter than its ledger before its topic is stopped.
+        view_gap_offsets: how far behind the others a view of the same topic may be and still be read with them.
         allow_gaps: whether to go on, with the gap recorded, where a topic lost events that were not read yet.
         web_host, web_port: where `/healthz`, `/readyz` and `/metrics` are served.
     """
@@ -58,6 +59,7 @@ class StreamSettings(Settings):
     store_retry_seconds: float = Field(default=120.0, gt=0)
     apply_again_seconds: float = Field(default=600.0, ge=0)
     short_log_seconds: float = Field(default=30.0, ge=0)
+    view_gap_offsets: int = Field(default=1_000_000, ge=0)
     allow_gaps: bool = False
     web_host: str = "127.0.0.1"
     web_port: int = Field(default=6066, ge=1, le=65_535)
