@@ -61,6 +61,7 @@ test: setup ## all tests, on real servers (options: make test ARGS="-k ledger")
 campaign: setup ## 200,000 events through a real Kafka, once in peace and once with ten kill -9 (about three minutes)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_KILLS=10 HEADRACE_TEST_EVENTS=200000 \
 	    $(PYTHON) -m pytest -s tests/streaming/test_kafka.py -k "every_event or kill_9" $(ARGS)
+	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_LOGINS=all $(PYTHON) -m pytest tests/streaming/test_security.py $(ARGS)
 
 campaign-stores: setup ## the property tests and crash mixes of the stores with 2,000 examples each (about an hour)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_EXAMPLES=2000 $(PYTHON) -m pytest --timeout 7200 tests/headrace $(ARGS)

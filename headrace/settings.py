@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TypeVar
 
+from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -25,6 +27,7 @@ class Settings(BaseSettings):
         env_prefix=PREFIX,
         env_file=".env",
         env_file_encoding="utf-8",
+        env_ignore_empty=True,
         extra="ignore",
         frozen=True,
         hide_input_in_errors=True,
@@ -51,9 +54,18 @@ def load(settings: type[SettingsT]) -> SettingsT:
     try:
         return settings()
     except ValidationError as error:
-        faults = [
-            f"{PREFIX}{'_'.join(str(part) for part in fault['loc']).upper()}: {fault['msg']}"
-            for fault in error.errors(include_input=False, include_url=False)
-        ]
-        msg = "invalid settings (environment or .env): " + "; ".join(faults)
+        faults = []
+        for fault in error.errors(include_input=False, include_url=False):
+            name = PREFIX + "_".join(str(part) for part in fault["loc"]).upper()
+            faults.append(f"{name} ({_source(name)}): {fault['msg']}")
+        msg = "invalid settings: " + "; ".join(faults)
         raise ConfigError(msg) from None
+
+
+def _source(name: str) -> str:
+    """Where a setting was read from."""
+    if any(name == known.upper() for known, value in os.environ.items() if value):
+        return "environment"
+    return (
+        ".env" if any(name == known.upper() for known, value in dotenv_values(".env").items() if value) else "not set"
+    )

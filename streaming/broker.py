@@ -11,11 +11,26 @@ from typing import Any, TypeVar
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from headrace.errors import ConfigError, TransientError
-from streaming.settings import StreamConfig, StreamSettings
+from headrace.errors import TransientError
+from streaming.security import librdkafka_settings, token_source
+from streaming.settings import StreamConfig
 
 _EMBEDDED = "mockCluster"
 """How the cluster id of librdkafka's mock cluster begins: it has no topic ids, and cannot create topics on request."""
+
+_REFUSALS = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+}
+_ADVICE = {
+    KafkaError._AUTHENTICATION: "check HEADRACE_SASL_MECHANISM, its user and its password",
+    KafkaError._SSL: "check HEADRACE_TLS_CA_FILE, and that the broker's certificate names the host of HEADRACE_BROKER",
+    KafkaError._TRANSPORT: (
+        "check that it runs, HEADRACE_BROKER, and that HEADRACE_SECURITY_PROTOCOL is that of its listener"
+    ),
+}
+"""What to do, by what was heard; the first that fits, or the last."""
 
 Result = TypeVar("Result")
 
@@ -33,36 +48,13 @@ class Log:
 
 
 def client_config(config: StreamConfig) -> dict[str, Any]:
-    """The settings of a librdkafka client. Holds the password: never log it."""
-    settings = config.settings
-    values: dict[str, Any] = {
+    """The settings of a librdkafka client. Holds the secrets: never log it."""
+    return {
         "bootstrap.servers": config.bootstrap,
-        "security.protocol": settings.security_protocol,
         "client.id": config.group,
         "log_level": 0,
+        **librdkafka_settings(config.settings),
     }
-    if settings.security_protocol.startswith("SASL"):
-        require_login(settings)
-        values["sasl.mechanism"] = settings.sasl_mechanism
-        values["sasl.username"] = settings.sasl_username
-        values["sasl.password"] = settings.sasl_password.get_secret_value() if settings.sasl_password else ""
-    if settings.tls_ca_file is not None:
-        values["ssl.ca.location"] = str(settings.tls_ca_file)
-    return values
-
-
-def require_login(settings: StreamSettings) -> None:
-    """Check that SASL has what it needs.
-
-    Raises:
-        ConfigError: user name or password is missing.
-    """
-    if settings.sasl_username is None or settings.sasl_password is None:
-        msg = (
-            f"HEADRACE_SECURITY_PROTOCOL={settings.security_protocol} expects HEADRACE_SASL_USERNAME and "
-            "HEADRACE_SASL_PASSWORD; set both"
-        )
-        raise ConfigError(msg)
 
 
 class Broker:
@@ -74,7 +66,8 @@ class Broker:
     def __init__(self, config: StreamConfig) -> None:
         self._config = config
         self._timeout_s = config.settings.broker_timeout_seconds
-        self._admin = AdminClient(client_config(config))
+        self._heard: dict[int, str] = {}
+        self._admin = AdminClient(client_config(config) | {"error_cb": self._hear})
         self._watcher: Consumer | None = None
         self._lock = threading.Lock()
         self._topic_ids: dict[str, tuple[float, str | None]] = {}
@@ -169,15 +162,35 @@ class Broker:
             return self._watcher
 
     def _ask(self, question: Callable[[], Result]) -> Result:
+        self._admin.poll(0)  # what waits to be heard would pile up
+        self._heard.clear()
         try:
             return question()
         except KafkaException as error:
-            reason = error.args[0].str() if error.args else str(error)
-            msg = (
-                f"broker {self._config.bootstrap} did not answer within {self._timeout_s:g} s ({reason}); "
-                "check that it runs, and HEADRACE_BROKER"
-            )
-            raise BrokerError(msg) from error
+            fault: KafkaError = error.args[0]
+            if fault.code() >= 0:
+                advice = "; docs/security.md names the rights that the stream needs" * (fault.code() in _REFUSALS)
+                raise BrokerError(f"broker {self._config.bootstrap} answered: {fault.str()}{advice}") from error
+            raise BrokerError(self._why(fault.str())) from error
         except TimeoutError as error:
-            msg = f"broker {self._config.bootstrap} did not answer within {self._timeout_s:g} s; check that it runs"
-            raise BrokerError(msg) from error
+            raise BrokerError(self._why("timed out")) from error
+
+    def _hear(self, error: KafkaError) -> None:
+        """What a client says of its connections, in `poll`."""
+        self._heard[error.code()] = error.str()
+
+    def _why(self, reason: str) -> str:
+        """Why there was no answer.
+
+        Raises:
+            TokenError: because there is no token.
+        """
+        settings = self._config.settings
+        if settings.uses_token:
+            token_source(settings, self._timeout_s).fetch()
+        self._admin.poll(0)
+        code = next((code for code in _ADVICE if code in self._heard), KafkaError._TRANSPORT)
+        reason = self._heard.get(code, reason)
+        return (
+            f"broker {self._config.bootstrap} did not answer within {self._timeout_s:g} s ({reason}); {_ADVICE[code]}"
+        )

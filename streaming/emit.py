@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import itertools
 import math
 import time
@@ -20,6 +19,7 @@ from confluent_kafka import KafkaError, Producer
 from headrace.contract import Rule, ViewContract
 from headrace.errors import ConfigError, TransientError
 from streaming.broker import Broker, client_config
+from streaming.security import is_loopback
 from streaming.settings import StreamConfig, View
 
 CHUNK = 1000
@@ -188,7 +188,7 @@ def emit(config: StreamConfig, plan: Plan, *, view: str | None, anywhere: bool) 
         TransientError: the broker did not take all of them.
     """
     topic, views = _chosen(config, view)
-    far = [server for server in config.servers if not _is_loopback(server.rpartition(":")[0])]
+    far = [server for server in config.servers if not is_loopback(server.rpartition(":")[0])]
     if far and not anywhere:
         msg = f"{', '.join(far)} is not on this machine; add --yes to send made-up events to `{topic}` there"
         raise ConfigError(msg)
@@ -300,14 +300,6 @@ def _chosen(config: StreamConfig, view: str | None) -> tuple[str, tuple[View, ..
         msg = f"the views have several topics ({', '.join(config.views)}); choose one of their views with --view"
         raise ConfigError(msg)
     return next(iter(config.views.items()))
-
-
-def _is_loopback(host: str) -> bool:
-    bare = host.strip("[]")
-    try:
-        return ipaddress.ip_address(bare).is_loopback
-    except ValueError:
-        return bare == "localhost"
 
 
 def _entity(field: pa.Field, number: int) -> Any:

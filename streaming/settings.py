@@ -5,28 +5,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 from feast import FeatureStore
-from pydantic import Field, SecretStr
+from pydantic import Field
 
 from headrace.contract import Transform, ViewContract, load_transform
 from headrace.errors import ConfigError
 from headrace.repository import contracts, open_store
-from headrace.settings import Settings, load
+from headrace.settings import load
+from streaming.security import SecuritySettings
 
 MEBIBYTE = 1 << 20
 _LONGEST_GROUP = 120
 
 
-class StreamSettings(Settings):
+class StreamSettings(SecuritySettings):
     """What the stream needs to know beyond the feature repository. Variables are these names after `HEADRACE_`.
+
+    How to log in to the broker is in `SecuritySettings`.
 
     Attributes:
         broker: `host:port`, several separated by commas; overrides what the views say.
         broker_timeout_seconds: how long to wait for the broker at start.
-        security_protocol, sasl_mechanism, sasl_username, sasl_password, tls_ca_file: how to log in to the broker.
         session_seconds: the group's session timeout: how long a dead worker keeps its partitions.
         append_seconds, append_rows, append_bytes: an append gathers slices until it is so old, or so large.
         slice_records: the most records decoded in one go.
@@ -43,11 +43,6 @@ class StreamSettings(Settings):
 
     broker: str = ""
     broker_timeout_seconds: float = Field(default=10.0, gt=0, le=60)
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
-    sasl_username: str | None = None
-    sasl_password: SecretStr | None = None
-    tls_ca_file: Path | None = None
     session_seconds: float = Field(default=30.0, ge=1, le=60)
     append_seconds: float = Field(default=5.0, gt=0)
     append_rows: int = Field(default=500_000, gt=0)
@@ -161,6 +156,11 @@ def _servers(settings: StreamSettings, served: list[ViewContract]) -> tuple[str,
         raise ConfigError(msg)
     for server in servers:
         host, _, port = server.rpartition(":")
+        if "@" in host:
+            msg = (
+                "broker: expected host:port without a user name; set HEADRACE_SASL_USERNAME and HEADRACE_SASL_PASSWORD"
+            )
+            raise ConfigError(msg)
         if not host or not port.isdigit() or not 0 < int(port) < 65_536:
             msg = f"broker `{server}`: expected host:port, several separated by commas (HEADRACE_BROKER, or the views)"
             raise ConfigError(msg)

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import socket
-import ssl
 import sys
 import time
 from collections.abc import Callable
@@ -23,11 +22,12 @@ from headrace.errors import ConfigError, HeadraceError, TransientError
 from headrace.online import server_ids
 from headrace.repository import open_store
 from streaming import commands  # noqa: F401 - registers `emit` and `start` with Faust's command line
-from streaming.broker import Broker, require_login
+from streaming.broker import Broker
 from streaming.deadletters import topic_of
 from streaming.health import OFFLINE, ONLINE, Health
 from streaming.intake import StreamIntake
-from streaming.settings import StreamConfig, StreamSettings, read_config
+from streaming.security import faust_credentials, keep_logins_out_of_logs, warnings
+from streaming.settings import StreamConfig, read_config
 from streaming.transport import BulkSchema, BulkTransport
 
 try:
@@ -126,10 +126,13 @@ def create_app() -> HeadraceApp:
     """
     config = read_config()
     settings = config.settings
+    keep_logins_out_of_logs()
+    for warning in warnings(settings, config.servers):
+        logger.warning(warning)
     app = HeadraceApp(
         config,
         broker=";".join(f"kafka://{server}" for server in config.servers),
-        broker_credentials=_credentials(settings),
+        broker_credentials=faust_credentials(settings, settings.broker_timeout_seconds),
         broker_max_poll_interval=UNBOUNDED_POLL_S,
         broker_max_poll_records=settings.slice_records,
         broker_commit_interval=1.0,
@@ -182,7 +185,8 @@ def check(config: StreamConfig, *, web: bool, host: str, port: int) -> None:
     if missing:
         names = ", ".join(f"`{topic}`" for topic in missing)
         msg = (
-            f"broker {config.bootstrap} has no topic {names}; create it, or correct the topic of its view's KafkaSource"
+            f"broker {config.bootstrap} has no topic {names}, or does not let this user see it; create it, give the "
+            "rights of docs/security.md, or correct the topic of its view's KafkaSource"
         )
         raise ConfigError(msg)
     for topic in config.views:
@@ -221,23 +225,6 @@ def _check_port(host: str, port: int) -> None:
         except OSError as error:
             msg = f"the worker's pages cannot be served on {host}:{port}: {error.strerror}; set HEADRACE_WEB_PORT"
             raise ConfigError(msg) from error
-
-
-def _credentials(settings: StreamSettings) -> Any:
-    protocol = settings.security_protocol
-    if protocol == "PLAINTEXT":
-        return None
-    context = ssl.create_default_context(cafile=settings.tls_ca_file) if protocol.endswith("SSL") else None
-    if protocol == "SSL":
-        return faust.SSLCredentials(context)
-    require_login(settings)
-    password = settings.sasl_password.get_secret_value() if settings.sasl_password is not None else ""
-    return faust.SASLCredentials(
-        username=settings.sasl_username,
-        password=password,
-        mechanism=settings.sasl_mechanism,
-        ssl_context=context,
-    )
 
 
 def _add_pages(app: HeadraceApp) -> None:

@@ -60,13 +60,26 @@ class Kafka(Server):
     Args:
         heap: the largest Java heap.
         config: further broker properties, which win over those set here.
+        listeners: further listeners beside the plain one: security protocol by name.
+        scram: passwords of SCRAM users, by name.
+        java: further options of the Java machine.
     """
 
     name = "kafka"
     start_timeout_s = 90.0
 
-    def __init__(self, *, heap: str = "512m", config: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        heap: str = "512m",
+        config: Mapping[str, str] | None = None,
+        listeners: Mapping[str, str] | None = None,
+        scram: Mapping[str, str] | None = None,
+        java: Sequence[str] = (),
+    ) -> None:
         super().__init__()
+        self._listeners = {name: (protocol, free_port()) for name, protocol in (listeners or {}).items()}
+        self._scram, self._options = dict(scram or {}), tuple(java)
         self.port, self._controller_port = free_port(), free_port()
         self._heap = heap
         self._config = dict(config or {})
@@ -76,6 +89,10 @@ class Kafka(Server):
     def address(self) -> str:
         """`host:port`, the bootstrap servers."""
         return f"127.0.0.1:{self.port}"
+
+    def address_of(self, listener: str) -> str:
+        """`host:port` of a further listener."""
+        return f"127.0.0.1:{self._listeners[listener][1]}"
 
     def create_topic(self, name: str, *, partitions: int = 4, config: Mapping[str, str] | None = None) -> str:
         """Create a topic and return its name when every partition has a leader."""
@@ -101,6 +118,7 @@ class Kafka(Server):
             f"-Xmx{self._heap}",
             "-Xms128m",
             "-XX:+UseSerialGC",
+            *self._options,
             "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
             "-cp",
             f"{fetch_jars()}/*",
@@ -108,14 +126,19 @@ class Kafka(Server):
 
     def _format(self) -> None:
         """Write the properties and the metadata of an empty cluster."""
+        protocols = {"PLAINTEXT": "PLAINTEXT"} | {name: protocol for name, (protocol, _) in self._listeners.items()}
+        ports = {"PLAINTEXT": self.port} | {name: port for name, (_, port) in self._listeners.items()}
+        served = ",".join(f"{name}://127.0.0.1:{port}" for name, port in ports.items())
         properties = {
             "process.roles": "broker,controller",
             "node.id": "1",
             "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
             "controller.listener.names": "CONTROLLER",
-            "listeners": f"PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{self._controller_port}",
-            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self.port}",
-            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "listeners": f"{served},CONTROLLER://127.0.0.1:{self._controller_port}",
+            "advertised.listeners": served,
+            "listener.security.protocol.map": ",".join(
+                f"{name}:{protocol}" for name, protocol in {**protocols, "CONTROLLER": "PLAINTEXT"}.items()
+            ),
             "log.dirs": str(self.folder / "data"),
             "auto.create.topics.enable": "false",
             "num.partitions": "4",
@@ -137,6 +160,9 @@ class Kafka(Server):
         # An id that begins with a dash would be taken for an option.
         cluster = "h" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")[1:]
         formatting = [*self._java(), "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(draft)]
+        for user, password in self._scram.items():
+            for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
+                formatting += ["--add-scram", f"{mechanism}=[name={user},password={password}]"]
         done = subprocess.run(formatting, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise ServerError(f"Kafka's storage was not formatted:\n{done.stdout}{done.stderr}")

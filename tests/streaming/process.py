@@ -58,11 +58,11 @@ class Worker:
         self.environment = {**environment, "HEADRACE_WEB_PORT": str(self.port)}
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> Self:
+    def start(self, level: str = "info") -> Self:
         """Start the process; return at once."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*FAUST, "worker", "-l", "info"],
+                [*FAUST, "worker", "-l", level],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
