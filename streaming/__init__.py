@@ -27,10 +27,15 @@ def __getattr__(name: str) -> Any:
     if name != "app":
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
+    import sys
+
     import click
 
     from headrace.errors import ConfigError
+    from streaming.ending import leave_on_signals
 
+    if "worker" in sys.argv:  # Faust reads the command line later, and the imports below take seconds
+        leave_on_signals()
     # The Prometheus client turns to multiprocess files if Feast is imported before it.
     from streaming import health  # noqa: F401
     from streaming.worker import create_app

@@ -1,27 +1,56 @@
-"""What the worker tells of itself: Prometheus metrics, readiness, freshness. A registry of its own, no global state."""
+"""What the worker tells of itself: Prometheus metrics, faults, freshness. A registry of its own, no global state.
+
+Labels are names of views, topics, steps, stores, reasons and kinds, and numbers of partitions: nothing of an event.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
+from importlib.metadata import version
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+
+from headrace import __version__
 
 FRESHNESS_BOUNDS_S = (
     0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0,
     15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0,
 )  # fmt: skip
 STEP_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+BATCH_BOUNDS = (1, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 
 ONLINE = "online"
 OFFLINE = "offline"
 
 Times = npt.NDArray[np.int64]
+
+
+class Kind(StrEnum):
+    """What may be wrong with a worker."""
+
+    ENDING = "ending"
+    CONSUMER = "consumer"
+    REBALANCING = "rebalancing"
+    STEP_FAILING = "step_failing"
+    STALLED = "stalled"
+    VIEW_LEFT_OUT = "view_left_out"
+    VIEW_BEHIND = "view_behind"
+    DEAD_LETTERS = "dead_letters"
+
+
+class Fault(NamedTuple):
+    """What is wrong now, and in words what to do."""
+
+    kind: Kind
+    text: str
 
 
 class Freshness(Collector):
@@ -80,11 +109,14 @@ class Freshness(Collector):
         yield family
 
 
-class PartitionGauges(Collector):
-    """End of the ledger and lag by view and partition, looked up when scraped."""
+class WorkerGauges(Collector):
+    """What is looked up when scraped: ledgers, lag, what is in flight, faults."""
 
     def __init__(self) -> None:
         self.source: Callable[[], Mapping[tuple[str, str, int], tuple[int, int | None]]] = dict
+        self.in_flight: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self.assigned: Callable[[], int] = lambda: 0
+        self.faults: Callable[[], list[Fault]] = list
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """For the registry."""
@@ -101,6 +133,15 @@ class PartitionGauges(Collector):
                 lag.add_metric([view, topic, str(partition)], behind)
         yield end
         yield lag
+        used, limit = self.in_flight()
+        yield GaugeMetricFamily("headrace_in_flight_bytes", "Payload bytes fetched and not yet appended.", used)
+        yield GaugeMetricFamily("headrace_in_flight_limit_bytes", "Where fetching pauses.", limit)
+        yield GaugeMetricFamily("headrace_assigned_partitions", "Partitions that are this worker's.", self.assigned())
+        faults = GaugeMetricFamily("headrace_readiness_faults", "What /readyz finds wrong, by kind.", labels=["kind"])
+        found = [fault.kind for fault in self.faults()]
+        for kind in Kind:
+            faults.add_metric([kind.value], found.count(kind))
+        yield faults
 
 
 class Health:
@@ -109,9 +150,12 @@ class Health:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.freshness = Freshness()
-        self.partitions = PartitionGauges()
+        self.gauges = WorkerGauges()
         self.registry.register(self.freshness)
-        self.registry.register(self.partitions)
+        self.registry.register(self.gauges)
+        ProcessCollector(registry=self.registry)
+        build = Gauge("headrace_build_info", "Always 1; what runs.", ["version", "faust"], registry=self.registry)
+        build.labels(__version__, version("faust-streaming")).set(1)
         view = ["view"]
         self.received = self._counter("headrace_events_received", "Events read from Kafka.", view)
         self.accepted = self._counter("headrace_events_accepted", "Events that were accepted.", view)
@@ -120,17 +164,27 @@ class Health:
             "headrace_events_skipped", "Tombstones, and events a transformation left out.", view
         )
         self.keys = self._counter("headrace_online_keys_written", "Keys written online, not those turned away.", view)
+        self.online_rows = self._counter("headrace_online_rows_offered", "Rows given to the online store.", view)
+        self.online_bytes = self._counter("headrace_online_offered_bytes", "Their size as Arrow columns.", view)
         self.rows = self._counter("headrace_offline_rows_appended", "Rows appended offline.", view)
         self.bytes = self._counter("headrace_offline_appended_bytes", "Bytes of the segments appended.", view)
         self.resyncs = self._counter(
             "headrace_partition_resyncs", "Times a partition went back to its ledger.", ["topic"]
         )
+        self.rebalances = Counter("headrace_rebalances", "Rebalances of the group.", registry=self.registry)
         self.retries = self._counter("headrace_step_retries", "Failed tries of a step.", [*view, "step"])
         self.steps = Histogram(
             "headrace_step_duration_seconds",
             "Time of one batch in one step.",
             [*view, "step"],
             buckets=STEP_BOUNDS_S,
+            registry=self.registry,
+        )
+        self.batches = Histogram(
+            "headrace_step_batch_rows",
+            "Rows of one batch in one step; records where they are decoded.",
+            [*view, "step"],
+            buckets=BATCH_BOUNDS,
             registry=self.registry,
         )
         self.success = Gauge(
@@ -140,7 +194,6 @@ class Health:
             registry=self.registry,
         )
         self.failing: dict[tuple[str, str], str] = {}
-        self.working: set[object] = set()
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         return Counter(name, text, labels, registry=self.registry)

@@ -31,7 +31,7 @@ from headrace.repository import open_store
 from streaming.broker import Broker, Log, client_config
 from streaming.deadletters import DeadLetterWriter, Letter
 from streaming.decode import JsonDecoder
-from streaming.health import Health
+from streaming.health import Fault, Health, Kind
 from streaming.lane import (
     SERVERS_AGE_S,
     Budget,
@@ -43,12 +43,19 @@ from streaming.lane import (
     replaced,
 )
 from streaming.settings import StreamConfig, View
+from streaming.share import DeadLetterShareError, LetterShare
 from streaming.slices import Position, Slice, TopicPartition
 
 logger = logging.getLogger(__name__)
 
 FINISH_S = 5.0
 """How long an assignment that ends may take to append what it has."""
+
+ASSIGNMENT = "assignment"
+"""The step before the first slice."""
+
+STALLED_S = 60.0
+"""So much longer than `append_seconds` a ledger may stand still with work in hand; slow stores are not stalled ones."""
 
 RESYNC_PAUSE_S = 1.0
 
@@ -173,7 +180,14 @@ class StreamIntake:
         self._passing: set[tuple[str, str]] = set()
         self._behind: dict[tuple[TopicPartition, str], str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        health.partitions.source = self._gauges
+        self._shares = {
+            view.contract.name: LetterShare(view.contract.name, self._settings)
+            for views in config.views.values()
+            for view in views
+        }
+        health.gauges.source = self._gauges
+        health.gauges.in_flight = lambda: (self._room.used, self._room.limit)
+        health.gauges.assigned = lambda: len(self._runs)
 
     @property
     def broker(self) -> Broker:
@@ -200,11 +214,13 @@ class StreamIntake:
         self._generation = generation
         starts = await asyncio.gather(*(self._begin_safely(partition, assignment) for partition in sorted(partitions)))
         found = dict(zip(sorted(partitions), starts, strict=True))
-        logger.info(
-            "generation %d: %s",
-            generation,
-            ", ".join(f"{p.topic}[{p.partition}] from {start}" for p, start in found.items()) or "no partition",
-        )
+        if assignment == self._assignment and found.keys() == self._runs.keys():
+            where = {p: "held" if start is None else f"from {start}" for p, start in found.items()}
+            logger.info(
+                "generation %d: %s",
+                generation,
+                ", ".join(f"{p.topic}[{p.partition}] {start}" for p, start in where.items()) or "no partition, a spare",
+            )
         return {partition: start for partition, start in found.items() if start is not None}
 
     async def release(self) -> None:
@@ -230,7 +246,9 @@ class StreamIntake:
         """See `Intake`."""
         run = self._runs.get(partition)
         if run is not None and run.lanes:
-            logger.warning("%s[%d]: the log does not have the next offset; looking", *partition)
+            logger.warning(
+                "%s[%d]: the log does not have the next offset; looking", *partition, extra=partition._asdict()
+            )
             await self._restart(partition)
 
     # -- what the agent brings ---------------------------------------------------------------------------------------
@@ -254,14 +272,28 @@ class StreamIntake:
                 run.position.expected,
                 piece.first,
                 piece.next,
+                extra=piece.partition._asdict(),
             )
             self._spawn(self._consumer.move(piece.partition, run.position.expected))
 
-    def faults(self) -> list[str]:
-        """What keeps the worker from being ready, in words."""
+    def faults(self) -> list[Fault]:
+        """What keeps events from the stores."""
         failing = [f"{label}: step {step} fails: {why}" for (label, step), why in self._health.failing.items()]
+        stalled_s = self._settings.append_seconds + STALLED_S
+        stalled = [
+            f"{lane.label}: {lane.stands_still_s():.0f} s without an append, though there is something to append"
+            for run in self._runs.values()
+            for lane in run.lanes
+            if lane.stands_still_s() > stalled_s
+        ]
         stopped = [f"{name} is left out of topic `{topic}`: {why}" for (topic, name), why in self._stopped.items()]
-        return [*failing, *stopped, *self._behind.values()]
+        return [
+            *(Fault(Kind.STEP_FAILING, text) for text in failing),
+            *(Fault(Kind.STALLED, text) for text in stalled),
+            *(Fault(Kind.VIEW_LEFT_OUT, text) for text in stopped),
+            *(Fault(Kind.VIEW_BEHIND, text) for text in self._behind.values()),
+            *(Fault(Kind.DEAD_LETTERS, share.fault) for share in self._shares.values() if share.fault is not None),
+        ]
 
     def close(self) -> None:
         """Let go of threads and connections."""
@@ -276,6 +308,8 @@ class StreamIntake:
         self._assignment += 1
         assignment = self._assignment
         self._generation = None
+        for key in [key for key in self._health.failing if key[1] == ASSIGNMENT]:
+            del self._health.failing[key]
         runs, self._runs = self._runs, {}
         self._stopped = {key: reason for key, reason in self._stopped.items() if key not in self._passing}
         self._passing.clear()
@@ -298,11 +332,12 @@ class StreamIntake:
                 if not self._served(partition.topic):
                     break
                 start = await self._begin(partition, assignment)
+                self._health.failing.pop(_short_key(partition), None)
                 if self._runs[partition].lanes:
                     return start
                 break
             except ShortLogError as error:
-                logger.warning("%s[%d]: %s", *partition, error)
+                logger.warning("%s[%d]: %s", *partition, error, extra=partition._asdict())
                 self._health.failing[_short_key(partition)] = str(error)
                 self._spawn(self._watch_short_log(partition, assignment))
                 break
@@ -310,10 +345,13 @@ class StreamIntake:
                 return None
             except Exception as error:  # noqa: BLE001 - whatever it is, it is retried or named
                 if time.monotonic() + pause_s <= deadline:
-                    logger.warning("%s[%d]: cannot begin yet: %s", *partition, error)
+                    if _short_key(partition) not in self._health.failing:
+                        logger.warning("%s[%d]: cannot begin yet: %s", *partition, error, extra=partition._asdict())
+                    self._health.failing[_short_key(partition)] = str(error)
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, 5.0)
                 elif isinstance(error, ViewError):
+                    self._health.failing.pop(_short_key(partition), None)
                     self._stop(partition.topic, error.view, str(error), passes=True)
                 else:
                     self._on_fatal(error)
@@ -412,6 +450,7 @@ class StreamIntake:
             budget=self._room,
             health=self._health,
             settings=self._settings,
+            share=self._shares[view.contract.name],
             on_fault=self._lane_fault,
         )
 
@@ -453,7 +492,7 @@ class StreamIntake:
         start = await self._begin_safely(partition, assignment)
         if start is not None and assignment == self._assignment:
             self._health.resyncs.labels(partition.topic).inc()
-            logger.info("%s[%d]: goes on from %d", *partition, start)
+            logger.info("%s[%d]: goes on from %d", *partition, start, extra=partition._asdict())
             await self._consumer.move(partition, start)
 
     async def _watch_short_log(self, partition: TopicPartition, assignment: int) -> None:
@@ -477,11 +516,12 @@ class StreamIntake:
             except OutdatedError:
                 return
             except Exception as error:  # noqa: BLE001 - looked at again
-                logger.warning("%s[%d]: %s", *partition, error)
+                logger.warning("%s[%d]: %s", *partition, error, extra=partition._asdict())
                 continue
             self._health.failing.pop(key, None)
             if self._runs[partition].lanes:
-                logger.info("%s[%d]: the log is long enough again; from %d", *partition, start)
+                text = "%s[%d]: the log is long enough again; from %d"
+                logger.info(text, *partition, start, extra=partition._asdict())
                 await self._consumer.move(partition, start)
             return
 
@@ -500,10 +540,12 @@ class StreamIntake:
         """A lane ended by itself."""
         partition = lane.partition
         if isinstance(error, LostRaceError | ChainClosedError):
-            logger.info("%s[%d]: %s; reading the ledger again", *partition, error)
+            logger.info("%s[%d]: %s; reading the ledger again", *partition, error, extra=partition._asdict())
             run = self._runs.get(partition)
             if run is not None and lane in run.lanes:  # else it belongs to an assignment that ended
                 self._spawn(self._restart(partition))
+        elif isinstance(error, DeadLetterShareError):
+            self._on_fatal(error)
         elif isinstance(error, TopicReplacedError):
             self._stop_all(partition.topic, str(error))
         elif isinstance(error, HeadraceError):
@@ -525,7 +567,7 @@ class StreamIntake:
         name = view.contract.name
         if (topic, name) in self._stopped:
             return
-        logger.error("`%s` is left out of topic `%s`: %s", name, topic, reason)
+        logger.error("`%s` is left out of topic `%s`: %s", name, topic, reason, extra={"view": name, "topic": topic})
         self._stopped[topic, name] = reason
         for partition, run in self._runs.items():
             if partition.topic == topic and run.lanes:
@@ -605,4 +647,4 @@ class StreamIntake:
 
 
 def _short_key(partition: TopicPartition) -> tuple[str, str]:
-    return f"{partition.topic}[{partition.partition}]", "assignment"
+    return f"{partition.topic}[{partition.partition}]", ASSIGNMENT

@@ -35,6 +35,7 @@ from streaming.decode import JsonDecoder
 from streaming.health import OFFLINE, ONLINE, Health
 from streaming.judgement import judge
 from streaming.settings import StreamSettings, View
+from streaming.share import DeadLetterShareError, LetterShare
 from streaming.slices import Record, Slice, TopicPartition
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ SERVERS_AGE_S = 5.0
 
 SLOW_S = 3.0
 """After this long without an answer a step counts as failing."""
+
+HOPELESS_S = 1.0
+"""How long a lane whose step fails now may take to finish."""
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
@@ -84,6 +88,16 @@ class Budget:
         self._used = 0
         self._room = asyncio.Event()
         self._room.set()
+
+    @property
+    def used(self) -> int:
+        """Bytes that came and are not done."""
+        return self._used
+
+    @property
+    def limit(self) -> int:
+        """Where fetching pauses."""
+        return self._limit
 
     @property
     def is_spent(self) -> bool:
@@ -206,6 +220,7 @@ class Lane:
         budget: Budget,
         health: Health,
         settings: StreamSettings,
+        share: LetterShare,
         on_fault: Callable[[Lane, BaseException], None],
     ) -> None:
         self.view = view
@@ -220,10 +235,14 @@ class Lane:
         self._budget = budget
         self._health = health
         self._settings = settings
+        self._share = share
         self._on_fault = on_fault
+        fields = {"view": view.contract.name, **partition._asdict()}
+        self._log = logging.LoggerAdapter(logger, fields)
         self._name = view.contract.name
         self._taken = start.end
         self._outstanding = 0
+        self._moved_s = time.monotonic()
         self._servers = start.servers
         self._unappended: list[Batch] = []
         self._inbox: asyncio.Queue[Slice | None] = asyncio.Queue()
@@ -242,18 +261,29 @@ class Lane:
         if piece.next <= self._taken:
             return
         if piece.first > self._taken:
-            msg = f"{self._label}: the slice at {piece.first} does not follow {self._taken}"
+            msg = f"{self.label}: the slice at {piece.first} does not follow {self._taken}"
             raise AssertionError(msg)
         own = piece.from_offset(self._taken)
+        if self._taken == self.end:
+            self._moved_s = time.monotonic()
         self._taken = own.next
         self._outstanding += own.size
         self._budget.take(own.size)
         self._inbox.put_nowait(own)
 
+    def stands_still_s(self) -> float:
+        """For how long the ledger has not moved although there is something to append."""
+        return time.monotonic() - self._moved_s if self._taken > self.end else 0.0
+
     async def finish(self, timeout_s: float) -> None:
-        """Bring what was taken to the stores and end; after the time, drop what is left."""
+        """Bring what was taken to the stores and end; after the time, drop what is left.
+
+        While a step fails there is little hope, and others may do better: then the time is short.
+        """
         self._inbox.put_nowait(None)
         try:
+            if self.failing is not None:
+                timeout_s = min(timeout_s, HOPELESS_S)
             if not self._is_faulty:
                 await asyncio.wait(self._tasks, timeout=timeout_s)
         finally:
@@ -265,7 +295,7 @@ class Lane:
             task.cancel()
         self._budget.give(self._outstanding)
         self._outstanding = 0
-        for key in [key for key in self._health.failing if key[0] == self._label]:
+        for key in [key for key in self._health.failing if key[0] == self.label]:
             del self._health.failing[key]
 
     @property
@@ -276,10 +306,11 @@ class Lane:
     @property
     def failing(self) -> str | None:
         """What one of its steps fails for, now."""
-        return next((why for (label, _), why in self._health.failing.items() if label == self._label), None)
+        return next((why for (label, _), why in self._health.failing.items() if label == self.label), None)
 
     @property
-    def _label(self) -> str:
+    def label(self) -> str:
+        """View and partition, for messages."""
         return f"{self._name} {self.partition.topic}[{self.partition.partition}]"
 
     async def _guarded(self, step: Callable[[], Any]) -> None:
@@ -307,10 +338,13 @@ class Lane:
                     break
                 piece = self._inbox.get_nowait()
             if pieces:
-                batch = await self._timed("decode", self._pools.decode, partial(self._decode, pieces))
+                batch = await self._timed("decode", self._pools.decode, partial(self._decode, pieces), count)
+                if self._share.fault is not None and self._settings.dead_letter_stop:
+                    msg = f"{self._share.fault}; HEADRACE_DEAD_LETTER_STOP=true: nothing of this batch was written"
+                    raise DeadLetterShareError(msg)
                 if batch.letters:
                     writing = partial(self._stores.write_letters, batch.letters)
-                    await self._insist("dead_letters", self._pools.letters, writing)
+                    await self._insist("dead_letters", self._pools.letters, writing, len(batch.letters))
                 batch.letters = []
                 await self._decoded.put(batch)
             if piece is None:
@@ -343,8 +377,11 @@ class Lane:
         self._online.put_nowait(None)
 
     async def _bring(self, batch: Batch) -> None:
-        if batch.table.num_rows:
-            keys = await self._insist("online", self._pools.online, partial(self._write_online, batch))
+        rows = batch.table.num_rows
+        if rows:
+            keys = await self._insist("online", self._pools.online, partial(self._write_online, batch), rows)
+            self._health.online_rows.labels(self._name).inc(rows)
+            self._health.online_bytes.labels(self._name).inc(batch.table.nbytes)
             self._health.keys.labels(self._name).inc(keys)
             self._health.succeeded(self._name, ONLINE, batch.produced_ms)
 
@@ -365,10 +402,10 @@ class Lane:
         for batch in self._unappended:
             if batch.table.num_rows:
                 written += await self._insist("online", self._pools.online, partial(self._write_online, batch))
-        logger.warning(
+        self._log.warning(
             "%s: the online servers are not those of before and may have forgotten: %d recent segments and %d batches "
             "were applied again, %d keys were not there",
-            self._label,
+            self.label,
             len(paths),
             len(self._unappended),
             written,
@@ -399,8 +436,9 @@ class Lane:
     async def _append(self, batch: Batch) -> None:
         path = None
         if batch.next > batch.first:
-            path = await self._insist("offline", self._pools.offline, lambda: self._commit(batch))
+            path = await self._insist("offline", self._pools.offline, lambda: self._commit(batch), batch.table.num_rows)
         self.end = batch.next
+        self._moved_s = time.monotonic()
         self._unappended = [one for one in self._unappended if one.next > batch.next]
         self._budget.give(batch.size)
         self._outstanding -= batch.size
@@ -408,9 +446,9 @@ class Lane:
         health.rows.labels(self._name).inc(batch.table.num_rows)
         health.bytes.labels(self._name).inc(path.stat().st_size if path is not None else 0)
         health.succeeded(self._name, OFFLINE, batch.produced_ms)
-        logger.debug(
+        self._log.debug(
             "%s: appended [%d, %d): %d rows, %d rejected, %d skipped",
-            self._label,
+            self.label,
             batch.first,
             batch.next,
             batch.table.num_rows,
@@ -426,6 +464,7 @@ class Lane:
         offsets = np.fromiter((record.offset for record in records), np.int64, len(records))
         produced = np.fromiter((record.timestamp or 0 for record in records), np.int64, len(records))
         self._count(len(records), len(judged.rows), judged.rejects, judged.skipped)
+        self._share.note(len(judged.rows) + len(judged.rejects), judged.rejects)
         origin = (self._name, self.partition, self._topic_id)
         return Batch(
             first=pieces[0].first,
@@ -468,32 +507,30 @@ class Lane:
             transform_hash=self.view.transform.hash if self.view.transform is not None else None,
         )
 
-    async def _timed(self, step: str, pool: Executor, work: Callable[[], Result]) -> Result:
+    async def _timed(self, step: str, pool: Executor, work: Callable[[], Result], rows: int | None = None) -> Result:
         def measured() -> Result:
             begun = time.perf_counter()
-            self._health.working.add(measured)
-            try:
-                result = work()
-            finally:
-                self._health.working.discard(measured)
-            self._health.steps.labels(self._name, step).observe(time.perf_counter() - begun)
+            result = work()
+            if rows is not None:
+                self._health.steps.labels(self._name, step).observe(time.perf_counter() - begun)
+                self._health.batches.labels(self._name, step).observe(rows)
             return result
 
         return await asyncio.get_running_loop().run_in_executor(pool, measured)
 
-    async def _insist(self, step: str, pool: Executor, work: Callable[[], Result]) -> Result:
+    async def _insist(self, step: str, pool: Executor, work: Callable[[], Result], rows: int | None = None) -> Result:
         """Do the work, again and again with growing pauses while it fails for a reason that may pass.
 
         Raises:
             LostRaceError, TerminalError: as the work raised it, at once.
             StoreDownError: it failed for longer than the bound, or did not return within it.
         """
-        key = (self._label, step)
+        key = (self.label, step)
         pause_s = FIRST_PAUSE_S
         deadline = time.monotonic() + self._settings.store_retry_seconds
         while True:
             try:
-                result = await self._once(key, deadline, asyncio.ensure_future(self._timed(step, pool, work)))
+                result = await self._once(key, deadline, asyncio.ensure_future(self._timed(step, pool, work, rows)))
             except (LostRaceError, TerminalError):
                 raise
             except Exception as error:
@@ -505,7 +542,7 @@ class Lane:
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             else:
                 if self._health.failing.pop(key, None) is not None:
-                    logger.info("%s: step %s works again", self._label, step)
+                    self._log.info("%s: step %s works again", self.label, step)
                 return result
 
     async def _once(self, key: tuple[str, str], deadline: float, call: asyncio.Future[Result]) -> Result:
@@ -521,7 +558,7 @@ class Lane:
     def _fails(self, key: tuple[str, str], why: str) -> None:
         self._health.retries.labels(self._name, key[1]).inc()
         if key not in self._health.failing:
-            logger.warning("%s: step %s fails, and is tried again: %s", *key, why)
+            self._log.warning("%s: step %s fails, and is tried again: %s", *key, why)
         self._health.failing[key] = why
 
     def _down(self, key: tuple[str, str], why: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from feast import FeatureStore
 from pydantic import Field
@@ -38,6 +39,11 @@ class StreamSettings(SecuritySettings):
         short_log_seconds: how long a log may be shorter than its ledger before its topic is stopped.
         view_gap_offsets: how far behind the others a view of the same topic may be and still be read with them.
         allow_gaps: whether to go on, with the gap recorded, where a topic lost events that were not read yet.
+        dead_letter_share: above this share of bad events a view is not ready; 1 means never.
+        dead_letter_window_seconds, dead_letter_min_events: the events that are looked at: those of so many seconds, and
+            so many at least.
+        dead_letter_stop: whether the worker ends then, before the events are written to the dead letters.
+        log_format: `text` for people, `json` for one JSON object a line.
         web_host, web_port: where `/healthz`, `/readyz` and `/metrics` are served.
     """
 
@@ -56,6 +62,11 @@ class StreamSettings(SecuritySettings):
     short_log_seconds: float = Field(default=30.0, ge=0)
     view_gap_offsets: int = Field(default=1_000_000, ge=0)
     allow_gaps: bool = False
+    dead_letter_share: float = Field(default=0.5, gt=0, le=1)
+    dead_letter_window_seconds: float = Field(default=60.0, gt=0)
+    dead_letter_min_events: int = Field(default=100, gt=0)
+    dead_letter_stop: bool = False
+    log_format: Literal["text", "json"] = "text"
     web_host: str = "127.0.0.1"
     web_port: int = Field(default=6066, ge=1, le=65_535)
 

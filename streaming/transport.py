@@ -8,8 +8,10 @@ them to what is used here.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import aiokafka
@@ -19,10 +21,24 @@ from aiokafka.errors import IllegalStateError, KafkaError, NoOffsetForPartitionE
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
+from streaming.logs import QUIET
 from streaming.slices import Slice, TopicPartition
 
 FETCH_WAIT_MS = 250
 """How long a broker may hold a fetch. A partition that was not in the fetch waits as long."""
+
+
+FAREWELL_S = 3.0
+"""How long the last commit may take, and leaving the group, which waits for a rebalance under way."""
+
+
+LONGEST_SILENCE_S = 60.0
+
+
+async def _within(seconds: float, work: Awaitable[None]) -> None:
+    """Do it, or give up after a time."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(work, seconds)
 
 
 class Intake(Protocol):
@@ -53,6 +69,16 @@ class ForgetfulOffsets(dict[Any, Any]):
 
 class BulkThread(driver.AIOKafkaConsumerThread):
     """The thread that talks to the broker."""
+
+    logger = QUIET
+    beat_s: float | None = None
+
+    @faust.Service.task
+    async def _beat(self) -> None:
+        """Show that the thread's event loop turns."""
+        while not self.should_stop:
+            self.beat_s = time.monotonic()
+            await self.sleep(1.0)
 
     def _create_worker_consumer(self, transport: Any) -> aiokafka.AIOKafkaConsumer:
         conf = self.app.conf
@@ -132,6 +158,10 @@ class BulkThread(driver.AIOKafkaConsumerThread):
         """Fetch a partition from an offset on."""
         await self.call_thread(self._move, tp, offset)
 
+    async def on_thread_stop(self) -> None:
+        """Leave the group, so that others have the partitions at once; but do not wait long to say so."""
+        await _within(FAREWELL_S, super().on_thread_stop())
+
     async def _hold(self, tp: TP) -> None:
         consumer = self._ensure_consumer()
         # A partition without a position would be looked up, in vain, at each fetch.
@@ -147,6 +177,7 @@ class BulkThread(driver.AIOKafkaConsumerThread):
 class BulkConsumer(driver.Consumer):
     """Faust's consumer, which begins at the ledger's end and commits what the ledger has."""
 
+    logger = QUIET
     _thread: BulkThread
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -207,9 +238,9 @@ class BulkConsumer(driver.Consumer):
         await super().on_partitions_revoked(revoked)
 
     async def on_stop(self) -> None:
-        """The same when the worker stops."""
+        """The same when the worker stops. A broker that does not answer is not waited for."""
         await self._intake.release()
-        await super().on_stop()
+        await _within(FAREWELL_S, super().on_stop())
 
     async def hold(self, partition: TopicPartition) -> None:
         """Stop fetching a partition; nothing if it is not ours any more."""
@@ -232,6 +263,13 @@ class BulkConsumer(driver.Consumer):
         kafka = self._thread._consumer
         task = getattr(getattr(kafka, "_coordinator", None), "_coordination_task", None)
         return task is not None and task.done() and not self.should_stop
+
+    def thread_failed(self) -> bool:
+        """Whether the thread that talks to the broker ended, or hangs, while the worker runs."""
+        thread = self._thread
+        is_dead = thread._thread is not None and not thread._thread.is_alive()
+        is_silent = thread.beat_s is not None and time.monotonic() - thread.beat_s > LONGEST_SILENCE_S
+        return (is_dead or is_silent) and not self.should_stop
 
     async def _if_assigned(self, moving: Any) -> None:
         try:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
-import sys
 import time
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import faust
@@ -24,8 +21,10 @@ from headrace.repository import open_store
 from streaming import commands  # noqa: F401 - registers `emit` and `start` with Faust's command line
 from streaming.broker import Broker
 from streaming.deadletters import topic_of
-from streaming.health import OFFLINE, ONLINE, Health
+from streaming.ending import Deadline, give_up, leave, leave_on_signals, while_signals_are_heard
+from streaming.health import OFFLINE, ONLINE, Fault, Health, Kind
 from streaming.intake import StreamIntake
+from streaming.logs import QUIET, set_up, silence_hosts
 from streaming.security import faust_credentials, keep_logins_out_of_logs, warnings
 from streaming.settings import StreamConfig, read_config
 from streaming.transport import BulkSchema, BulkTransport
@@ -40,52 +39,96 @@ logger = logging.getLogger(__name__)
 UNBOUNDED_POLL_S = 1e8
 """Never 0 or None, and never small: after it aiokafka leaves the group for good, though the worker is only busy."""
 
+HEARTBEAT_S = 0.5
+"""A worker hears of a rebalance by its heartbeat, and until the last one has heard all stand still."""
+
 LONGEST_REBALANCE_S = 180.0
+USUAL_REBALANCE_S = 15.0
+"""So long a worker that had an assignment stays ready without one: a rolling restart is no outage."""
 
 
 class HeadraceWorker(faust.Worker):
     """Faust's worker, which looks before it starts, and says in one line why it does not, or ends."""
 
+    logger = QUIET
+
+    def on_setup_root_logger(self, logger: Any, level: int) -> None:
+        """Of Faust, when it has set up its logging."""
+        super().on_setup_root_logger(logger, level)
+        set_up(logger, level, self.app.config.settings.log_format)  # type: ignore[attr-defined]
+
     def execute_from_commandline(self) -> NoReturn:
         """Run until a signal or a fatal fault; the exit code is 0 only after a signal."""
         app: Any = self.app
+        leave_on_signals()
         try:
-            check(app.config, web=app.conf.web_enabled, port=app.conf.web_port, host=app.conf.web_bind)
+            while_signals_are_heard(
+                lambda: check(app.config, web=app.conf.web_enabled, port=app.conf.web_port, host=app.conf.web_bind)
+            )
         except HeadraceError as error:
             give_up(error)
         try:
             super().execute_from_commandline()
         except SystemExit as ending:
-            app.intake.close()
             if app.fatal is not None:
-                sys.stderr.write(f"headrace: {app.fatal}\n")
-                ending.code = 1
-            if app.health.working:
-                # Python would wait for the thread of a store that hangs. What it does is repeated or does no harm.
-                logging.shutdown()
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(ending.code if isinstance(ending.code, int) else 0)
-            raise
+                give_up(app.fatal)
+            is_asked = self._signal_stop_time is not None  # then what broke on the way out is no fault
+            logger.info("ended")
+            leave(ending.code if isinstance(ending.code, int) and not is_asked else 0)
+
+    def _schedule_shutdown(self, signal: Any) -> None:
+        """Of both signals: the first asks for an orderly end, the second ends."""
+        app: Any = self.app
+        if self._signal_stop_time is not None:
+            logger.warning("a second signal: ends now")
+            leave(app.exit_code())
+        app.deadline.set()
+        logger.info("%s: appends what it has, leaves the group, and ends", signal.name)
+        super()._schedule_shutdown(signal)
+
+    def _crash(self, reason: BaseException) -> None:
+        """Of Faust, whatever crashed. From any thread."""
+        if self._signal_stop_time is None:
+            self.app.note_crash(reason)  # type: ignore[attr-defined]
+        super()._crash(reason)
 
 
 class HeadraceApp(faust.App):
     """The Faust app with our transport, and with what the parts share."""
+
+    logger = QUIET
 
     def __init__(self, config: StreamConfig, **options: Any) -> None:
         self.config = config
         self.health = Health()
         self.intake = StreamIntake(config, self.health, self.fail)
         self.fatal: BaseException | None = None
+        self.deadline = Deadline(self.exit_code)
         self.rebalancing_since_s: float | None = None
+        self.was_assigned = False
+        self.health.gauges.faults = lambda: readiness_faults(self)
         super().__init__(config.group, **options)
 
     def fail(self, error: BaseException) -> None:
         """End the worker: nothing more is committed, the exit code is not 0. Of the event loop; returns at once."""
-        if self.fatal is None:
+        if self.fatal is None and self.should_stop:
+            logger.warning("while ending: %s", error)  # the signal counts; who starts next meets the fault again
+        elif self.fatal is None:
             self.fatal = error
             logger.critical("the worker ends: %s", error)
+            silence_hosts()
+            self.deadline.set()
             self.add_future(self._fail(error))
+
+    def exit_code(self) -> int:
+        """0 after a signal, 1 after a fault."""
+        return 0 if self.fatal is None else 1
+
+    def note_crash(self, reason: BaseException) -> None:
+        """Note what ended the worker, if nothing did before."""
+        if self.fatal is None:
+            self.fatal = reason if str(reason) else RuntimeError(repr(reason))
+            self.deadline.set()
 
     async def _fail(self, error: BaseException) -> None:
         await self.crash(Exception(str(error)) if not isinstance(error, Exception) else error)
@@ -93,12 +136,19 @@ class HeadraceApp(faust.App):
     def on_rebalance_start(self) -> None:
         """Note when."""
         self.rebalancing_since_s = time.monotonic()
+        self.health.rebalances.inc()
+        logger.info("the group rebalances")
         super().on_rebalance_start()
 
     def on_rebalance_end(self) -> None:
         """Note that it is over."""
         self.rebalancing_since_s = None
+        self.was_assigned = True
         super().on_rebalance_end()
+
+    def rebalancing_s(self) -> float:
+        """For how long the group has been rebalancing; 0 when it is not."""
+        return 0.0 if self.rebalancing_since_s is None else time.monotonic() - self.rebalancing_since_s
 
     def _new_consumer(self) -> Any:
         consumer: Any = super()._new_consumer()
@@ -137,7 +187,7 @@ def create_app() -> HeadraceApp:
         broker_max_poll_records=settings.slice_records,
         broker_commit_interval=1.0,
         broker_session_timeout=settings.session_seconds,
-        broker_heartbeat_interval=min(3.0, settings.session_seconds / 4),
+        broker_heartbeat_interval=min(HEARTBEAT_S, settings.session_seconds / 4),
         broker_rebalance_timeout=60.0,
         consumer_max_fetch_size=settings.fetch_bytes,
         stream_buffer_maxsize=64,
@@ -166,6 +216,8 @@ def create_app() -> HeadraceApp:
                 app.intake.deliver(event.value, event.message.generation_id)
             except Exception as error:  # noqa: BLE001 - see above
                 app.fail(error)
+        if not app.should_stop:
+            app.fail(RuntimeError("Faust ended the stream of events; start the worker again"))
 
     _add_pages(app)
     return app
@@ -210,13 +262,6 @@ def check(config: StreamConfig, *, web: bool, host: str, port: int) -> None:
                 raise ConfigError(msg) from error
 
 
-def give_up(error: BaseException) -> NoReturn:
-    """One line to the person, and a non-zero exit."""
-    sys.stderr.write(f"headrace: {error}\n")
-    sys.stderr.flush()
-    raise SystemExit(1)
-
-
 def _check_port(host: str, port: int) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -232,12 +277,12 @@ def _add_pages(app: HeadraceApp) -> None:
 
     @app.page("/healthz")
     async def healthz(self: WebView, request: Any) -> Any:
-        faults = liveness_faults(app)
+        faults = [fault.text for fault in liveness_faults(app)]
         return self.json({"ok": not faults, "faults": faults}, status=503 if faults else 200)
 
     @app.page("/readyz")
     async def readyz(self: WebView, request: Any) -> Any:
-        faults = readiness_faults(app)
+        faults = [fault.text for fault in readiness_faults(app)]
         return self.json({"ok": not faults, "faults": faults, **state(app)}, status=503 if faults else 200)
 
     @app.page("/metrics")
@@ -245,25 +290,27 @@ def _add_pages(app: HeadraceApp) -> None:
         return self.bytes(app.health.exposition(), content_type="text/plain")
 
 
-def liveness_faults(app: HeadraceApp) -> list[str]:
+def liveness_faults(app: HeadraceApp) -> list[Fault]:
     """What only a restart can cure."""
-    faults: list[str] = []
+    faults: list[Fault] = []
     if app.fatal is not None:
-        faults.append(f"ending: {app.fatal}")
-    failed: Callable[[], bool] | None = getattr(app.intake.mover, "coordinator_failed", None)
-    if failed is not None and failed():
-        faults.append("the group coordinator's task has ended")
-    since = app.rebalancing_since_s
-    if since is not None and time.monotonic() - since > LONGEST_REBALANCE_S:
-        faults.append(f"rebalancing for {time.monotonic() - since:.0f} s")
+        faults.append(Fault(Kind.ENDING, f"ending: {app.fatal}"))
+    consumer: Any = app.intake.mover
+    if consumer is not None and consumer.coordinator_failed():
+        faults.append(Fault(Kind.CONSUMER, "the task that keeps this worker in its group has ended"))
+    if consumer is not None and consumer.thread_failed():
+        faults.append(Fault(Kind.CONSUMER, "the thread that talks to the broker has ended or hangs"))
+    if (spent_s := app.rebalancing_s()) > LONGEST_REBALANCE_S:
+        faults.append(Fault(Kind.REBALANCING, f"rebalancing for {spent_s:.0f} s"))
     return faults
 
 
-def readiness_faults(app: HeadraceApp) -> list[str]:
+def readiness_faults(app: HeadraceApp) -> list[Fault]:
     """What keeps events from reaching both stores now. A worker without partitions is a spare, and ready."""
     faults = liveness_faults(app) + app.intake.faults()
-    if app.rebalancing or not (app.intake.has_begun or app.unassigned):
-        faults.append("waiting for the group's assignment")
+    is_assigned = not app.rebalancing and (app.intake.has_begun or app.unassigned)
+    if not is_assigned and not (app.was_assigned and app.rebalancing_s() < USUAL_REBALANCE_S):
+        faults.append(Fault(Kind.REBALANCING, "waiting for the group's assignment"))
     return faults
 
 
@@ -271,7 +318,7 @@ def state(app: HeadraceApp) -> dict[str, Any]:
     """Where the worker is: ledgers, lag, freshness."""
     partitions = [
         {"view": view, "topic": topic, "partition": number, "ledger_end": end, "lag": lag}
-        for (view, topic, number), (end, lag) in sorted(app.health.partitions.source().items())
+        for (view, topic, number), (end, lag) in sorted(app.health.gauges.source().items())
     ]
     freshness = {
         view.contract.name: {

@@ -24,6 +24,7 @@ from streaming.decode import JsonDecoder
 from streaming.health import Health
 from streaming.lane import Budget, Int64s, Lane, Pools, StoreDownError, TopicReplacedError
 from streaming.settings import StreamSettings, View
+from streaming.share import LetterShare
 from streaming.slices import Position, Record, Slice, TopicPartition
 from tests.streaming.test_decode import VIEW, changed
 
@@ -99,6 +100,7 @@ class Bench:
         self.stores = FakeStores()
         self.health = Health()
         self.settings = StreamSettings.model_validate({"append_seconds": 0.01, "store_retry_seconds": 5, **chosen})
+        self.share = LetterShare("view", self.settings)
         self.budget = Budget(1_000_000)
         self.ledger = StreamLedger(self.view.contract, *PARTITION)
         self.faults: list[BaseException] = []
@@ -118,6 +120,7 @@ class Bench:
             budget=self.budget,
             health=self.health,
             settings=self.settings,
+            share=self.share,
             on_fault=lambda lane, error: self.faults.append(error),
         )
 

@@ -25,9 +25,13 @@ def own_methods(kind: type[Any]) -> list[str]:
         (
             BulkThread,
             driver.AIOKafkaConsumerThread,
-            {"_positions", "_note_out_of_range", "hold", "move", "_hold", "_move"},
+            {"_positions", "_note_out_of_range", "hold", "move", "_hold", "_move", "_beat"},
         ),
-        (BulkConsumer, driver.Consumer, {"hold", "move", "high_water", "coordinator_failed", "_if_assigned"}),
+        (
+            BulkConsumer,
+            driver.Consumer,
+            {"hold", "move", "high_water", "coordinator_failed", "thread_failed", "_if_assigned"},
+        ),
     ],
 )
 def test_what_is_overridden_is_called_alike(ours: type[Any], theirs: type[Any], added: set[str]) -> None:
