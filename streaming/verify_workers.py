@@ -27,8 +27,14 @@ READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 _ANSWER_TIMEOUT_S = 1.0
 
-PAUSE_S = (5.0, 12.0)
-"""Between two interventions, at random within."""
+PAUSE_S = (2.0, 8.0)
+"""Between two interventions at least, at random within."""
+
+PATIENCE_S = 8.0
+"""How much longer an intervention waits for the workers to be ready again, so that events flow in between."""
+
+HASTE_SHARE = 0.3
+"""Of the interventions, that do not wait: they meet workers that start and a group that is rebalancing."""
 
 FREEZE_SHARE = 0.25
 """Of the interventions; the others are kills."""
@@ -135,7 +141,7 @@ class Fleet:
         self.freshness: dict[str, dict[str, float]] = {}
         self._session_s = place.session_s
         self._random = None if seed is None else np.random.default_rng(seed)
-        self._next_s = 0.0
+        self._next_s, self._patience_s = 0.0, 0.0
 
     def start(self) -> None:
         """Start all, and wait until they are ready.
@@ -153,7 +159,7 @@ class Fleet:
                 msg = f"the workers are not ready after {READY_TIMEOUT_S:g} s; their logs: {self.workers[0].log.parent}"
                 raise TransientError(msg)
             time.sleep(0.2)
-        self._next_s = time.monotonic() + self._pause_s()
+        self._plan_next(time.monotonic())
 
     def check(self) -> None:
         """Check that all run, but for what we did to them.
@@ -170,9 +176,9 @@ class Fleet:
         for worker in self.workers:
             if worker.thaw_at_s is not None and worker.thaw_at_s <= now_s:
                 worker.thaw()
-        if self._random is None or now_s < self._next_s:
+        if self._random is None or not self._is_time(now_s):
             return
-        self._next_s = now_s + self._pause_s()
+        self._plan_next(now_s)
         worker = self.workers[int(self._random.integers(len(self.workers)))]
         if self._random.random() < FREEZE_SHARE and worker.thaw_at_s is None:
             worker.freeze(self._session_s * self._random.uniform(*FREEZE_SESSIONS))
@@ -215,8 +221,16 @@ class Fleet:
         for worker in self.workers:
             worker.kill()
 
-    def _pause_s(self) -> float:
-        return 0.0 if self._random is None else float(self._random.uniform(*PAUSE_S))
+    def _plan_next(self, now_s: float) -> None:
+        if self._random is not None:
+            self._next_s = now_s + self._random.uniform(*PAUSE_S)
+            self._patience_s = 0.0 if self._random.random() < HASTE_SHARE else PATIENCE_S
+
+    def _is_time(self, now_s: float) -> bool:
+        if now_s < self._next_s:
+            return False
+        awake = [worker for worker in self.workers if worker.thaw_at_s is None]
+        return now_s >= self._next_s + self._patience_s or all(worker.state()[0] == 200 for worker in awake)
 
 
 def _free_ports(count: int) -> list[int]:
