@@ -183,13 +183,14 @@ def _signals() -> Iterator[Any]:
     """Let signals that end a program raise KeyboardInterrupt here; yields what makes them be ignored from then on."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
-    def interrupt(number: int, frame: object) -> NoReturn:
-        del frame
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
     def ignore() -> None:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        del frame
+        ignore()  # a second one would interrupt the ending of the workers
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
     for number in _SIGNALS:
         signal.signal(number, interrupt)

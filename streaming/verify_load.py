@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from array import array
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -57,6 +59,11 @@ class Sent:
         """How many messages."""
         return len(self.places) + len(self.bad)
 
+    def counts(self) -> Mapping[int, int]:
+        """How many messages by partition."""
+        counted = Counter((self.places >> _PARTITION_BITS).tolist()) + Counter(partition for partition, _ in self.bad)
+        return {partition: counted[partition] for partition in self.ends}
+
 
 class Load:
     """Sends events at a rate and remembers them: decoded, in columns, some 100 bytes each.
@@ -74,7 +81,7 @@ class Load:
         self._made = 0
         self._waiting: list[tuple[int, bytes]] = []
         self._batches: list[pa.RecordBatch] = []
-        self._places: list[int] = []
+        self._places = array("q")
         self._bad: dict[Origin, bytes] = {}
         self.ends = dict.fromkeys(range(partitions), 0)
 
@@ -118,5 +125,5 @@ class Load:
         for event in events:
             event.update((name, datetime.fromisoformat(event[name])) for name in self._maker.times)
         self._batches.append(pa.RecordBatch.from_pylist(events, self._schema))
-        self._places += [place for place, _ in self._waiting]
+        self._places.extend(place for place, _ in self._waiting)
         self._waiting.clear()

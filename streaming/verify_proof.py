@@ -27,7 +27,7 @@ from headrace.segments import Footer, SegmentName, parse_name, parse_stream_chai
 from streaming.broker import Broker, BrokerError, client_config
 from streaming.deadletters import topic_of
 from streaming.settings import StreamConfig
-from streaming.verify_load import Origin, Sent, origin, places
+from streaming.verify_load import Origin, Sent, origin, place_of, places
 
 EXAMPLES = 5
 _KEYS_A_READ = 500
@@ -79,11 +79,14 @@ class Proof:
             self.examples[kind].append(what)
         known.add(whom)
 
-    def note_events(self, kind: Fault, events: Iterable[int], what: str) -> None:
-        """Something is wrong with these events."""
-        for place in events:
-            partition, offset = origin(int(place))
-            self.note(kind, (partition, offset), f"partition {partition}, offset {offset}: {what}")
+    def note_event(self, kind: Fault, place: Origin, what: str) -> None:
+        """Something is wrong with an event."""
+        self.note(kind, place, f"partition {place[0]}, offset {place[1]}: {what}")
+
+    def note_events(self, kind: Fault, events: Places, what: str) -> None:
+        """The same of several, see `places`."""
+        for place in events.tolist():
+            self.note_event(kind, origin(place), what)
 
 
 def prove(config: StreamConfig, sent: Sent) -> Proof:
@@ -106,14 +109,12 @@ def prove(config: StreamConfig, sent: Sent) -> Proof:
 
 
 def _judge_log(config: StreamConfig, topic: str, sent: Sent, proof: Proof) -> None:
-    """The logs must end where what we sent ends; else others write there, and nothing can be said."""
+    """The logs must hold what was sent and nothing else; if others write there, all that follows is in doubt."""
     broker = Broker(config)
-    for partition, end in sent.ends.items():
-        latest = broker.log(topic, partition).latest
-        if latest != end:
-            what = (
-                f"partition {partition}: the log ends at {latest}, what was sent at {end}; somebody else writes there"
-            )
+    for partition, count in sent.counts().items():
+        log = broker.log(topic, partition)
+        if log.latest - log.earliest != count:
+            what = f"partition {partition}: its log is {log}, {count} messages were sent; somebody else writes there"
             proof.note(Fault.WRONG, ("log", partition), what)
     broker.close()
 
@@ -192,20 +193,19 @@ def _judge_rows(rows: pa.Table, found: Places, sent: Sent, proof: Proof) -> None
     proof.note_events(Fault.LOST, np.setdiff1d(sent.places, found), "a good event, and no row offline")
     there, count = np.unique(found, return_counts=True)
     proof.note_events(Fault.DOUBLED, there[count > 1], "several rows offline")
-    for place in np.setdiff1d(there, sent.places).tolist():
-        if origin(place) in sent.bad:
-            proof.note_events(Fault.WRONG, [place], "a bad event, and a row offline")
+    for place in map(origin, np.setdiff1d(there, sent.places).tolist()):
+        if place in sent.bad:
+            proof.note_event(Fault.WRONG, place, "a bad event, and a row offline")
         else:
-            proof.note_events(Fault.DOUBLED, [place], "a row offline that no event accounts for")
+            proof.note_event(Fault.DOUBLED, place, "a row offline that no event accounts for")
     both, ours, theirs = np.intersect1d(sent.places, found, return_indices=True)
     for name in sent.rows.schema.names:
         want, have = sent.rows[name].take(ours), rows[name].take(theirs)
         if want.equals(have):
             continue
-        pairs = enumerate(zip(want.to_pylist(), have.to_pylist(), strict=True))
-        unlike = [(place, one, other) for place, (one, other) in pairs if one != other]
-        for index, one, other in unlike:
-            proof.note_events(Fault.WRONG, [both[index]], f"`{name}` offline is {other!r}, sent was {one!r}")
+        for place, one, other in zip(both.tolist(), want.to_pylist(), have.to_pylist(), strict=True):
+            if one != other:
+                proof.note_event(Fault.WRONG, origin(place), f"`{name}` offline is {other!r}, sent was {one!r}")
 
 
 def _judge_letters(config: StreamConfig, topic: str, sent: Sent, proof: Proof) -> None:
@@ -213,16 +213,15 @@ def _judge_letters(config: StreamConfig, topic: str, sent: Sent, proof: Proof) -
     written: set[Origin] = set()
     for headers, payload in _letters(config, topic_of(topic)):
         proof.letters += 1
-        partition, offset = int(headers["headrace.partition"]), int(headers["headrace.offset"])
-        written.add((partition, offset))
-        expected = sent.bad.get((partition, offset))
-        if expected != payload:
-            what = "a dead letter of another payload" if expected is not None else "a good event, and a dead letter"
-            proof.note(Fault.WRONG, (partition, offset), f"partition {partition}, offset {offset}: {what}")
-    missing = sorted(sent.bad.keys() - written)
-    for partition, offset in missing:
-        what = f"partition {partition}, offset {offset}: a bad event, and no dead letter"
-        proof.note(Fault.LOST, (partition, offset), what)
+        place = int(headers["headrace.partition"]), int(headers["headrace.offset"])
+        written.add(place)
+        if place not in sent.bad:
+            was = "a good event, and" if np.any(sent.places == place_of(*place)) else "nothing that was sent, and"
+            proof.note_event(Fault.WRONG, place, f"{was} a dead letter")
+        elif sent.bad[place] != payload:
+            proof.note_event(Fault.WRONG, place, "a dead letter of another payload")
+    for place in sorted(sent.bad.keys() - written):
+        proof.note_event(Fault.LOST, place, "a bad event, and no dead letter")
 
 
 def _letters(config: StreamConfig, topic: str) -> Iterable[tuple[Mapping[str, bytes], bytes | None]]:

@@ -9,12 +9,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 from feast.infra.online_stores.helpers import _redis_key
 from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig
@@ -62,8 +64,15 @@ def folders(config: StreamConfig) -> list[str]:
     return [str(path) for folder in places for path in (*folder.glob(f"{PREFIX}*"), *folder.glob(f"data/**/{PREFIX}*"))]
 
 
-def test_a_sound_system_passes_whatever_happens_to_its_workers(stream: Stream) -> None:
-    """On Redis, where the user has rows: they are untouched, byte for byte, and nothing else is there afterwards."""
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_at_once_and_one_of_them_is_disturbed(
+    stream: Stream, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On one Redis, where the user has rows too. Kills keep one from nothing; a stranger's event fails the other.
+
+    The user's rows are untouched, byte for byte, and nothing but the evidence is there afterwards.
+    """
     config = config_of(stream.environment)
     client, before = redis_of(config), set(folders(config))
     view = config.views[stream.topic][0].contract.feature_view
@@ -75,10 +84,20 @@ def test_a_sound_system_passes_whatever_happens_to_its_workers(stream: Stream) -
     assert stored
 
     command = [*FAUST, "verify", "--minutes", "0.33", "--rate", "300", "--kill", "--seed", "5"]
-    done = subprocess.run(command, env=stream.environment, capture_output=True, text=True, timeout=240, check=False)
+    log = tmp_path / "stderr"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(command, env=stream.environment, stdout=subprocess.PIPE, stderr=stderr)
+        try:
+            wait_for(process, log, "starting 2 workers")
+            assert_fails_if_somebody_else_writes(config, known_topics(config), capsys)
+            output, _ = process.communicate(timeout=240)
+        finally:
+            process.kill()
+            process.wait()
 
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    said = log.read_text()
+    assert process.returncode == 0, said
+    result = json.loads(output)
     assert result["ok"] is True
     assert result["sent"] == result["accepted"] + result["rejected"] >= 0.33 * 60 * 300
     assert min(result[name] for name in ("accepted", "rejected", "letters", "keys", "kills")) > 0
@@ -86,15 +105,59 @@ def test_a_sound_system_passes_whatever_happens_to_its_workers(stream: Stream) -
     assert result["freshness"]["online"].keys() == result["freshness"]["offline"].keys() == {"p50_s", "p99_s"}
     assert {name: client.dump(name) for name in client.scan_iter()} == stored
     assert remains(config, before) == []
-    names = done.stderr.split("starting")[0]
-    for name in (
-        result["project"],
-        f"{result['project']}.dlq",
-        config.bootstrap,
-        f"headrace-{result['project']}-{VIEW}",
-    ):
+    names, project = said.partition("starting")[0], result["project"]
+    for name in (project, f"{project}.dlq", config.bootstrap, f"headrace-{project}-{VIEW}"):
         assert name in names
-    assert "all is right" in done.stderr
+    assert "all is right" in said
+
+
+def known_topics(config: StreamConfig) -> set[str]:
+    """The topics that there are."""
+    return set(AdminClient({"bootstrap.servers": config.bootstrap}).list_topics(timeout=10).topics)
+
+
+def wait_for(process: subprocess.Popen[bytes], log: Path, text: str) -> None:
+    """Wait until a process says something."""
+    deadline = time.monotonic() + 90
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+
+
+def assert_fails_if_somebody_else_writes(
+    config: StreamConfig, known: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Verify while a stranger sends one event to the new topic. The evidence is kept; it is removed here."""
+
+    def disturb() -> None:
+        while not (new := [name for name in known_topics(config) - known if not name.endswith(".dlq")]):
+            time.sleep(0.2)
+        producer = Producer({"bootstrap.servers": config.bootstrap})
+        producer.produce(new[0], b"{}", partition=2)
+        producer.flush(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        disturbed = pool.submit(disturb)
+        result = verify(config, SHORT, anywhere=False)
+        disturbed.result()
+    assert result["ok"] is False
+    assert result["lost"] == result["doubled"] == result["older"] == 0
+    examples = result["examples"]
+    assert isinstance(examples, dict)
+    assert "partition 2: its log is" in examples["wrong"][0]
+    assert any("nothing that was sent, and a dead letter" in text for text in examples["wrong"])
+    said = capsys.readouterr().err
+    assert "another one runs or was killed: " in said
+    assert "WRONG" in said
+    place = Place.of(config, str(result["project"]).removeprefix(PREFIX))
+    assert f"{place.offline} (offline folder), {place.logs} (logs)" in said
+    assert list(place.offline.glob("*.parquet"))
+    assert list(place.logs.glob("worker-*.log"))
+    assert json.loads((place.home / "verdict.json").read_text()) == result
+    assert result["project"] not in known_topics(config)
+    shutil.rmtree(place.offline)
+    shutil.rmtree(place.home)
 
 
 @pytest.fixture
@@ -247,7 +310,7 @@ def test_names_that_collide_are_refused(stream: Stream) -> None:
 
 
 def test_what_cannot_be_verified_is_refused(
-    stream: Stream, feature_repo_copy: RepositoryFactory, worker_environment: Any, mock_broker: str
+    stream: Stream, feature_repo_copy: RepositoryFactory, mock_broker: str
 ) -> None:
     config = config_of(stream.environment)
     before = set(folders(config))
@@ -258,17 +321,8 @@ def test_what_cannot_be_verified_is_refused(
     repo = feature_repo_copy()
     file = repo / "feature_store.yaml"
     file.write_text(file.read_text().replace("headrace.sqlite.HeadraceSqliteOnlineStore", "sqlite"))
-    done = subprocess.run(
-        [*FAUST, "verify", "--minutes", "1"],
-        env=worker_environment(feature_repo=repo, broker=stream.broker),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "SqliteOnlineStore does not promise that the newest wins" in done.stderr.splitlines()[-1]
+    with pytest.raises(ConfigError, match="SqliteOnlineStore does not promise that the newest wins"):
+        verify(replace(config, store=open_store(repo)), SHORT, anywhere=False)
     assert remains(config, before) == []
 
 
