@@ -37,7 +37,7 @@ class _Command(AppCommand):
         return found
 
     def finish(self, work: Callable[[], Mapping[str, object] | str]) -> NoReturn:
-        """Do the work, print what it returns (as JSON, if it is no text), exit: with 1 if it raises, or says not `ok`."""
+        """Do the work, print what it returns (as JSON, if it is no text), exit: with 1 if it raises or is not `ok`."""
         try:
             result = work()
         except HeadraceError as error:

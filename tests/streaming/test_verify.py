@@ -90,7 +90,7 @@ def test_two_at_once_and_one_of_them_is_disturbed(
         try:
             wait_for(process, log, "starting 2 workers")
             assert_fails_if_somebody_else_writes(config, known_topics(config), capsys)
-            output, _ = process.communicate(timeout=240)
+            output, _ = process.communicate(timeout=480)
         finally:
             process.kill()
             process.wait()
@@ -277,7 +277,7 @@ def test_a_signal_leaves_nothing_behind(make_stream: StreamFactory, tmp_path: Pa
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
             process.send_signal(signal.SIGTERM)
-            output, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=120)
         finally:
             process.kill()
             process.wait()
