@@ -27,10 +27,10 @@ READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 _ANSWER_TIMEOUT_S = 1.0
 
-PAUSE_S = (2.0, 8.0)
+PAUSE_S = (2.0, 7.0)
 """Between two interventions at least, at random within."""
 
-PATIENCE_S = 8.0
+PATIENCE_S = 6.0
 """How much longer an intervention waits for the workers to be ready again, so that events flow in between."""
 
 HASTE_SHARE = 0.3
