@@ -81,17 +81,30 @@ class Broker:
 
     def create_topic(self, topic: str, partitions: int) -> None:
         """Create a topic with the broker's own replication; fine if another was first."""
-        if self._is_embedded():
+        if self.is_embedded():
             self._ask(lambda: self._admin.list_topics(topic, timeout=self._timeout_s))
             return
         creation = self._admin.create_topics([NewTopic(topic, partitions)])[topic]
-        try:
-            self._ask(lambda: creation.result(self._timeout_s))
-        except BrokerError as error:
-            cause = error.__cause__
-            exists = KafkaError.TOPIC_ALREADY_EXISTS
-            if not (isinstance(cause, KafkaException) and cause.args[0].code() == exists):
-                raise
+        self._ask_unless(KafkaError.TOPIC_ALREADY_EXISTS, lambda: creation.result(self._timeout_s))
+
+    def delete_topic(self, topic: str) -> None:
+        """Delete a topic; fine if there is none."""
+        deletion = self._admin.delete_topics([topic])[topic]
+        self._ask_unless(KafkaError.UNKNOWN_TOPIC_OR_PART, lambda: deletion.result(self._timeout_s))
+
+    def groups(self) -> set[str]:
+        """The consumer groups that the broker shows us."""
+        listing = self._ask(lambda: self._admin.list_consumer_groups(request_timeout=self._timeout_s).result())
+        return {group.group_id for group in listing.valid}
+
+    def delete_group(self, group: str) -> None:
+        """Delete a group and what it committed; fine if there is none.
+
+        Raises:
+            BrokerError: also while it has members.
+        """
+        deletion = self._admin.delete_consumer_groups([group], request_timeout=self._timeout_s)[group]
+        self._ask_unless(KafkaError.GROUP_ID_NOT_FOUND, lambda: deletion.result(self._timeout_s))
 
     def topic_id(self, topic: str, not_before_s: float = 0.0) -> str | None:
         """The id of a topic, as heard after a moment of the monotonic clock; None where the broker has no ids.
@@ -103,7 +116,7 @@ class Broker:
             heard = self._topic_ids.get(topic)
         if heard is not None and heard[0] >= not_before_s > 0:
             return heard[1]
-        if self._is_embedded():
+        if self.is_embedded():
             return None
         asked_s = time.monotonic()
         description = self._ask(
@@ -145,7 +158,8 @@ class Broker:
         if self._watcher is not None:
             self._watcher.close()
 
-    def _is_embedded(self) -> bool:
+    def is_embedded(self) -> bool:
+        """Whether it is librdkafka's mock cluster."""
         if self._embedded is None:
             self.partitions()
         return bool(self._embedded)
@@ -160,6 +174,15 @@ class Broker:
                 }
                 self._watcher = Consumer(client_config(self._config) | group)
             return self._watcher
+
+    def _ask_unless(self, fine: int, question: Callable[[], object]) -> None:
+        """Ask for something to be done; an answer with one code means that it was done before."""
+        try:
+            self._ask(question)
+        except BrokerError as error:
+            cause = error.__cause__
+            if not (isinstance(cause, KafkaException) and cause.args[0].code() == fine):
+                raise
 
     def _ask(self, question: Callable[[], Result]) -> Result:
         self._admin.poll(0)  # what waits to be heard would pile up

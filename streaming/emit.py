@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -188,15 +189,12 @@ def emit(config: StreamConfig, plan: Plan, *, view: str | None, anywhere: bool) 
         TransientError: the broker did not take all of them.
     """
     topic, views = _chosen(config, view)
-    far = [server for server in config.servers if not is_loopback(server.rpartition(":")[0])]
-    if far and not anywhere:
-        msg = f"{', '.join(far)} is not on this machine; add --yes to send made-up events to `{topic}` there"
-        raise ConfigError(msg)
+    require_near(config, topic, anywhere=anywhere)
     if topic not in Broker(config).partitions():
         msg = f"broker {config.bootstrap} has no topic `{topic}`; create it first"
         raise ConfigError(msg)
     maker = Maker([v.contract for v in views], plan)
-    sender = _Sender(config, topic)
+    sender = Sender(config, topic)
     bad: Counter[str] = Counter()
     late = doubled = 0
     begun_s = time.monotonic()
@@ -220,10 +218,26 @@ def emit(config: StreamConfig, plan: Plan, *, view: str | None, anywhere: bool) 
     }
 
 
-class _Sender:
-    """A producer that keeps the order of a key and misses nothing."""
+def require_near(config: StreamConfig, topic: str, *, anywhere: bool) -> None:
+    """Check that made-up events stay on this machine, or may go elsewhere.
 
-    def __init__(self, config: StreamConfig, topic: str) -> None:
+    Raises:
+        ConfigError: the broker is elsewhere, without `anywhere`.
+    """
+    far = [server for server in config.servers if not is_loopback(server.rpartition(":")[0])]
+    if far and not anywhere:
+        msg = f"{', '.join(far)} is not on this machine; add --yes to send made-up events to `{topic}` there"
+        raise ConfigError(msg)
+
+
+class Sender:
+    """A producer that keeps the order of a key and misses nothing.
+
+    Args:
+        taken: called with each event that the broker has, its partition and its offset, from within these methods.
+    """
+
+    def __init__(self, config: StreamConfig, topic: str, taken: Callable[[Made, int, int], None] | None = None) -> None:
         own = {
             "enable.idempotence": True,
             "linger.ms": 5,
@@ -232,6 +246,7 @@ class _Sender:
         }
         self._producer = Producer(client_config(config) | own)
         self._topic = topic
+        self._taken = taken
         self._failed: KafkaError | None = None
         self.sent = 0
 
@@ -240,27 +255,39 @@ class _Sender:
         for _ in range(2 if made.is_doubled else 1):
             while True:
                 try:
-                    self._producer.produce(self._topic, made.value, made.key, on_delivery=self._settle)
+                    self._producer.produce(
+                        self._topic, made.value, made.key, on_delivery=functools.partial(self._settle, made)
+                    )
                     break
                 except BufferError:
                     self._producer.poll(0.1)
             self.sent += 1
             if self.sent % CHUNK == 0:
-                self._producer.poll(0)
+                self.poll()
         if self._failed is not None:
             self.finish()
 
+    def poll(self) -> None:
+        """Hear what the broker has taken meanwhile."""
+        self._producer.poll(0)
+
     def finish(self) -> None:
-        """Wait for the broker's word on everything."""
+        """Wait for the broker's word on everything.
+
+        Raises:
+            TransientError: it did not take all.
+        """
         left = self._producer.flush(_FLUSH_S)
         if left or self._failed is not None:
             why = self._failed.str() if self._failed is not None else f"no answer within {_FLUSH_S:g} s"
             msg = f"topic `{self._topic}`: {left or 'some'} of {self.sent} events were not taken: {why}"
             raise TransientError(msg)
 
-    def _settle(self, error: KafkaError | None, _: object) -> None:
+    def _settle(self, made: Made, error: KafkaError | None, message: Any) -> None:
         if error is not None:
             self._failed = error
+        elif self._taken is not None:
+            self._taken(made, message.partition(), message.offset())
 
 
 def _paced(maker: Maker, plan: Plan) -> Iterator[Made]:

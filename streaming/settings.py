@@ -114,13 +114,13 @@ class StreamConfig:
         return self.views[topic]
 
 
-def read_config() -> StreamConfig:
-    """Read settings and registry. Needs no broker.
+def read_config(settings: StreamSettings | None = None) -> StreamConfig:
+    """Read settings, unless they are given, and registry. Needs no broker.
 
     Raises:
         ConfigError: a setting, the repository or a view is wrong.
     """
-    settings = load(StreamSettings)
+    settings = settings or load(StreamSettings)
     store = open_store(settings.feature_repo)
     wanted = contracts(store, settings.view_names)
     without = [contract.name for contract in wanted if contract.topic is None]
@@ -150,7 +150,7 @@ def read_config() -> StreamConfig:
         store=store,
         views={topic: tuple(views[topic]) for topic in sorted(views)},
         servers=_servers(settings, served),
-        group=_group(store.project, [contract.name for contract in served]),
+        group=group_of(store.project, [contract.name for contract in served]),
     )
 
 
@@ -182,7 +182,7 @@ def _split(servers: str) -> tuple[str, ...]:
     return tuple(sorted({part.strip() for part in servers.split(",") if part.strip()}))
 
 
-def _group(project: str, names: list[str]) -> str:
+def group_of(project: str, names: list[str]) -> str:
     """One group for one set of views: workers that serve the same views share their partitions."""
     group = "-".join(["headrace", project, *sorted(names)])
     if len(group) > _LONGEST_GROUP:
