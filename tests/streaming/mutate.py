@@ -38,7 +38,7 @@ from headrace.contract import ViewContract
 Corpus = Callable[[random.Random], bytes]
 """Gives a value; each call another."""
 
-Headers = list[tuple[str, bytes | None]]
+Headers = list[tuple[str, str | bytes | None]]
 
 
 @dataclass(frozen=True, slots=True)

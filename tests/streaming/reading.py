@@ -36,7 +36,7 @@ from feast.types import (
     Uuid,
 )
 
-from headrace.contract import ViewContract
+from headrace.contract import Rule, ViewContract
 
 Row = tuple[Any, ...]
 
@@ -162,15 +162,15 @@ def _dtype(contract: ViewContract, name: str) -> FeastType:
     return UnixTimestamp if is_time else contract.dtype(name)
 
 
-def _check(rule: Any, value: Any) -> None:
-    for bound, good in (
-        (rule.ge, lambda b: value >= b),
-        (rule.le, lambda b: value <= b),
-        (rule.gt, lambda b: value > b),
-        (rule.lt, lambda b: value < b),
-    ):
-        if bound is not None and not good(bound):
-            raise ValueError(f"{value} is out of range")
+def _check(rule: Rule, value: Any) -> None:
+    good = (
+        rule.ge is None or value >= rule.ge,
+        rule.le is None or value <= rule.le,
+        rule.gt is None or value > rule.gt,
+        rule.lt is None or value < rule.lt,
+    )
+    if not all(good):
+        raise ValueError(f"{value} is out of range")
 
 
 def _refuse(text: str) -> None:
@@ -268,7 +268,8 @@ def moment(value: Any) -> int:
     if found is None:
         raise ValueError(value)
     *parts, fraction, _, sign, hours, minutes = found.groups()
-    naive = datetime(*map(int, parts), tzinfo=UTC)
+    year, month, day, hour, minute, second = map(int, parts)
+    naive = datetime(year, month, day, hour, minute, second, tzinfo=UTC)
     us = (naive - EPOCH) // timedelta(microseconds=1) + int((fraction or "").ljust(6, "0")[:6])
     if sign:
         if int(hours) > 23 or int(minutes) > 59:

@@ -121,8 +121,8 @@ def test_hostile_records_harm_nothing(make_stream: StreamFactory, kafka_server: 
     sent = {case.topic: send(stream.broker, case) for case in cases}
     sent_s = time.monotonic() - begun_s
     with Worker(stream.environment, tmp_path / "worker.log") as worker:
-        worker.start().wait_ready()
-        worker.wait(lambda: ends_of(worker) == sent, 60 + MESSAGES / 500, "drained")
+        worker.start().wait_ready(300)
+        worker.wait(lambda: ends_of(worker) == sent, 300 + MESSAGES / 500, "drained")
         drained_s = time.monotonic() - begun_s - sent_s
         worker.wait_ready()
         assert worker.get("/healthz")[0] == 200
@@ -164,7 +164,7 @@ def send(broker: str, case: Case) -> dict[int, int]:
             failed.append(error)
 
     for number, record in enumerate(case.records):
-        more = {} if record.timestamp_ms is None else {"timestamp": record.timestamp_ms}
+        more: dict[str, Any] = {} if record.timestamp_ms is None else {"timestamp": record.timestamp_ms}
         while True:
             try:
                 producer.produce(
