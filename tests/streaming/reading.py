@@ -250,7 +250,9 @@ def _text(value: Any) -> str:
 
 
 def _bytes(value: Any) -> bytes:
-    return binascii.a2b_base64(_text(value), strict_mode=True)
+    if len(_text(value)) % 4:
+        raise ValueError(value)
+    return binascii.a2b_base64(value, strict_mode=True)
 
 
 def _form(pattern: re.Pattern[str]) -> Callable[[Any], str]:

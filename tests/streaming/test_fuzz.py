@@ -111,7 +111,7 @@ def case(contract: ViewContract, topic: str, corpus: Corpus, count: int, seed: i
 def test_hostile_records_harm_nothing(make_stream: StreamFactory, kafka_server: Kafka, tmp_path: Path) -> None:
     print(f"HEADRACE_TEST_SEED={SEED}")  # noqa: T201 - to do it again
     topics = [kafka_server.create_topic(f"fuzz-{n}-{uuid.uuid4().hex[:8]}", config=TOPIC) for n in range(2)]
-    stream = make_stream()
+    stream = make_stream(session_seconds=30, store_retry_seconds=120)
     read_from(stream.repo, stream.broker, topics[0])
     add_everything(stream.repo, stream.broker, topics[1])
     found = {contract.topic: contract for contract in contracts(open_store(stream.repo))}
@@ -134,12 +134,13 @@ def test_hostile_records_harm_nothing(make_stream: StreamFactory, kafka_server: 
         check_counts(case.contract.name, metrics, messages, outcome)
         check_rows(case, messages, outcome)
         check_letters(messages, outcome)
+        if case is cases[0]:
+            check_online(stream.repo, case.contract, outcome)
         reasons = Counter(letter.headers["headrace.reason"].decode() for letter in outcome.letters.values())
         print(  # noqa: T201 - the figures of a campaign
             f"{case.contract.name}: {len(messages)} sent, {len(outcome.rows)} accepted, {outcome.skipped} skipped, "
             f"{outcome.rejected} dead: {dict(reasons)}"
         )
-    check_online(stream.repo, cases[0].contract, outcome_of(cases[0].contract, stream.broker, topics[0]))
     print(f"sent in {sent_s:.0f} s, done in {drained_s:.0f} s more")  # noqa: T201
 
 
@@ -218,12 +219,16 @@ def check_counts(name: str, metrics: str, messages: list[Message], outcome: Outc
     for line in metrics.splitlines():
         if line.startswith("headrace_events_") and f'view="{name}"' in line and "_created{" not in line:
             told[line.split("{")[0]] += int(float(line.split()[-1]))
-    assert told == {
+    wanted = {
         "headrace_events_received_total": len(messages),
         "headrace_events_accepted_total": len(outcome.rows),
         "headrace_events_rejected_total": outcome.rejected,
         "headrace_events_skipped_total": outcome.skipped,
     }
+    received, *parts = (told[counter] for counter in wanted)
+    assert received == sum(parts)
+    # On a machine so busy that the group lost the worker for a moment, it read some twice, and counted them twice.
+    assert told == wanted or (received > len(messages) and all(told[name] >= wanted[name] for name in wanted))
 
 
 def check_rows(case: Case, messages: list[Message], outcome: Outcome) -> None:
