@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock check format test campaign demo up bench bench-stream bench-stores clean
+.PHONY: help setup lock check format test campaign fuzz demo up bench bench-stream bench-stores clean
 
 VENV ?= .venv
 STAMP := $(VENV)/.headrace-setup
@@ -65,6 +65,9 @@ campaign: setup ## 200,000 events through a real Kafka, once in peace and once w
 
 campaign-stores: setup ## the property tests and crash mixes of the stores with 2,000 examples each (about an hour)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_EXAMPLES=2000 $(PYTHON) -m pytest --timeout 7200 tests/headrace $(ARGS)
+
+fuzz: setup ## a million hostile records through a real worker, against an independent reading (about ten minutes)
+	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_FUZZ=1000000 $(PYTHON) -m pytest -s tests/streaming/test_fuzz.py $(ARGS)
 
 demo: setup ## the whole path once: broker, database, worker, batch chain, then a table that says whether all agrees
 	@$(PYTHON) -m demo.run

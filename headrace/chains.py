@@ -140,7 +140,9 @@ def append(
             because covered files are removed in ascending order: the append needs no listing.
 
     Raises:
-        LostRaceError: another writer was first, or the position is covered by a higher level. Nothing was appended.
+        LostRaceError: another writer was first, or the position is covered by a higher level. Nothing was appended;
+            but who sleeps between the creation of its file and the look at the higher levels, while compaction merges
+            that very file, is told so too. Read the end again: what lies below it is stored, once.
         ChainClosedError: the chain was closed at `first`.
         LedgerError: the files that decide it contradict each other or cannot be read.
         ConfigError: the view's folder is a file.
@@ -336,12 +338,12 @@ class StreamLedger:
         Idempotent: where the present epoch is already that topic's, nothing is done. A partition without a chain
         begins at `start`.
         """
-        now = self.end()
-        if not now.exists:
-            return self.begin(start, topic_id)
-        if now.topic_id == topic_id:
-            return now
         while True:
+            now = self.end()
+            if not now.exists:
+                return self.begin(start, topic_id)
+            if now.topic_id == topic_id:  # also after a lost race: another call may have done it meanwhile
+                return now
             note = Footer(
                 next=now.end,
                 topic_id=now.topic_id,
@@ -355,7 +357,6 @@ class StreamLedger:
             except ChainClosedError:
                 return self.end()
             except LostRaceError:
-                now = self.end()
                 continue
             return self.end()
 

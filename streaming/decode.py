@@ -82,7 +82,8 @@ class JsonDecoder:
                 skipped.append(index)
                 continue
             try:
-                structs.append(decode(value))
+                # Of what the view does not have, the decoder would look at no bytes beyond ASCII.
+                structs.append(decode(value if value.isascii() else value.decode()))
             except Exception as error:  # noqa: BLE001 - hostile bytes raise more than the decoder's own errors
                 outcome = self._second_look(value, index, error)
                 if isinstance(outcome, Reject):

@@ -16,13 +16,17 @@ from typing import Any, ClassVar, Protocol
 
 import aiokafka
 import faust
+from aiokafka.consumer import fetcher
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import IllegalStateError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
 from streaming.logs import QUIET
+from streaming.records import Records
 from streaming.slices import Slice, TopicPartition
+
+fetcher.MemoryRecords = Records
 
 FETCH_WAIT_MS = 250
 """How long a broker may hold a fetch. A partition that was not in the fetch waits as long."""

@@ -454,3 +454,21 @@ def test_a_footer_of_any_length_is_read_whatever_the_rows_say(contract: ViewCont
     note = replace(note, columns=columns_id(table.schema))
     assert read_footer(path) == note
     assert pq.read_metadata(path).metadata[b"headrace"].decode() == note.to_json()
+
+
+def test_a_close_that_loses_to_another_of_the_same_topic_opens_no_second_epoch(
+    contract: ViewContract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, other = (StreamLedger(contract, "events", 0) for _ in range(2))
+    ledger.append(0, 0, 1, some(contract, 0), accepted=offsets(0), topic_id="old")
+
+    def overtake(step: str) -> None:
+        if step == "append.2.temporary-fsynced":
+            monkeypatch.setattr(faults, "hook", None)
+            other.append(0, 1, 2, some(contract, 1), accepted=offsets(1), topic_id="old")
+            other.close("new", 0)
+            other.append(1, 0, 1, some(contract, 2), accepted=offsets(0), topic_id="new")
+
+    monkeypatch.setattr(faults, "hook", overtake)
+    end = ledger.close("new", 0)
+    assert (end.epoch, end.end) == (1, 1)

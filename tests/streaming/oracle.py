@@ -40,6 +40,7 @@ class Message:
     key: bytes | None
     value: bytes | None
     headers: dict[str, bytes]
+    all_headers: tuple[tuple[str, bytes | None], ...] = ()
 
 
 @dataclass
@@ -89,6 +90,7 @@ def read_topic(broker: str, topic: str, *, timeout_s: float = 60.0) -> list[Mess
                         message.key(),
                         message.value(),
                         {str(name): bytes(value or b"") for name, value in _headers(message)},
+                        tuple(_headers(message)),
                     )
                 )
             done = [n for n, end in wanted.items() if consumer.position([TopicPartition(topic, n)])[0].offset >= end]

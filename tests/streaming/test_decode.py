@@ -51,6 +51,7 @@ BAD: dict[str, tuple[bytes, Reason, str | None]] = {
     "null itself": (b"null", Reason.UNDECODABLE, None),
     "deep": (b'{"x":' * 100_000, Reason.UNDECODABLE, None),
     "not utf-8": (changed(note="N").replace(b"N", b"\xff"), Reason.UNDECODABLE, None),
+    "not utf-8 where nobody looks": (changed(other="N").replace(b"N", b"\xff"), Reason.UNDECODABLE, None),
     "lone surrogate": (changed(note="N").replace(b"N", b"\\ud800"), Reason.UNDECODABLE, None),
     "nan": (changed().replace(b"0.5", b"NaN"), Reason.UNDECODABLE, None),
     "text for a float": (changed(rate="0.5"), Reason.WRONG_TYPE, "rate"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import inspect
 from typing import Any
 
 import aiokafka
 import pytest
+from aiokafka.consumer import fetcher
+from aiokafka.consumer.fetcher import PartitionRecords
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from faust.transport.drivers import aiokafka as driver
 
+from streaming.records import Records
 from streaming.transport import BulkConsumer, BulkThread, ForgetfulOffsets
 from tests.conftest import TopicFactory
 
@@ -75,3 +80,30 @@ def test_an_offset_that_was_read_is_not_remembered() -> None:
     offsets = ForgetfulOffsets()
     offsets["partition"] = 5
     assert offsets["partition"] is None
+
+
+@pytest.mark.parametrize("compression", [0, 1])
+def test_a_header_whose_name_is_no_utf_8_is_read(compression: int) -> None:
+    def batch(first: int) -> bytes:
+        builder = DefaultRecordBatchBuilder(2, 0, 0, -1, -1, -1, 100_000)
+        for number in range(3):
+            headers = [("ok", b"1"), ("ZZ", b"\xff")] if number == 1 else [("\u00fc", None)]
+            builder.append(number, 5, b"k%d" % number, b"v", headers)
+        data = bytearray(bytes(builder.build()).replace(b"ZZ", b"\xff\xfe"))
+        if compression:
+            data[22] |= compression
+            data[61:] = gzip.compress(bytes(data[61:]))
+            data[8:12] = (len(data) - 12).to_bytes(4, "big")
+        data[:8] = first.to_bytes(8, "big")
+        return bytes(data)
+
+    assert fetcher.MemoryRecords is Records
+    records = Records(batch(0) + batch(3) + batch(6)[:40])
+    partition = aiokafka.TopicPartition("topic", 0)
+    found = list(PartitionRecords(partition, records, [], 1, None, None, False, fetcher.READ_COMMITTED))
+    assert [record.offset for record in found] == [1, 2, 3, 4, 5]
+    assert [record.key for record in found] == [b"k1", b"k2", b"k0", b"k1", b"k2"]
+    assert found[0].headers == found[3].headers == (("ok", b"1"), ("\ufffd\ufffd", b"\xff"))
+    assert found[1].headers == (("\u00fc", None),)
+    assert not records.has_next()
+    assert records.next_batch() is None
