@@ -70,6 +70,9 @@ class Mover(Protocol):
     def high_water(self, partition: TopicPartition) -> int | None:
         """The end of the log as last heard."""
 
+    def silence_s(self) -> Mapping[TopicPartition, float]:
+        """How long ago the broker last answered for each partition that is fetched."""
+
 
 class StoppedError(Exception):
     """A view cannot go on with a topic; the message names the facts and the command that helps."""
@@ -261,7 +264,7 @@ class StreamIntake:
         """What keeps the worker from being ready, in words."""
         failing = [f"{label}: step {step} fails: {why}" for (label, step), why in self._health.failing.items()]
         stopped = [f"{name} is left out of topic `{topic}`: {why}" for (topic, name), why in self._stopped.items()]
-        return [*failing, *stopped, *self._behind.values()]
+        return [*failing, *self._silent(), *stopped, *self._behind.values()]
 
     def close(self) -> None:
         """Let go of threads and connections."""
@@ -285,6 +288,7 @@ class StreamIntake:
         async with self._ending:  # the next may read the ledgers when the lanes of all before have ended
             await asyncio.gather(*(lane.finish(FINISH_S) for run in runs.values() for lane in run.lanes))
         for partition, run in runs.items():
+            self._health.failing.pop(_short_key(partition), None)
             if run.lanes:
                 self._committed[partition] = min(lane.end for lane in run.lanes)
         return assignment
@@ -302,6 +306,8 @@ class StreamIntake:
                     return start
                 break
             except ShortLogError as error:
+                if assignment != self._assignment:
+                    return None
                 logger.warning("%s[%d]: %s", *partition, error)
                 self._health.failing[_short_key(partition)] = str(error)
                 self._spawn(self._watch_short_log(partition, assignment))
@@ -593,6 +599,14 @@ class StreamIntake:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._on_fatal(task.exception())
+
+    def _silent(self) -> list[str]:
+        """Partitions of which the broker tells nothing for longer than the group waits for a worker."""
+        if self.mover is None or self._room.is_spent:  # then nothing is asked
+            return []
+        silent = {p: s for p, s in self.mover.silence_s().items() if s > self._settings.session_seconds}
+        names = ", ".join(f"{topic}[{number}]" for topic, number in sorted(silent))
+        return [f"the broker has not answered for {max(silent.values()):.0f} s: {names}"] if silent else []
 
     def _gauges(self) -> Mapping[tuple[str, str, int], tuple[int, int | None]]:
         found: dict[tuple[str, str, int], tuple[int, int | None]] = {}

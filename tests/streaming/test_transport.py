@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from typing import Any
 
 import aiokafka
@@ -25,9 +26,13 @@ def own_methods(kind: type[Any]) -> list[str]:
         (
             BulkThread,
             driver.AIOKafkaConsumerThread,
-            {"_positions", "_note_out_of_range", "hold", "move", "_hold", "_move"},
+            {"_positions", "_states", "heard_ms", "_note_out_of_range", "hold", "move", "_hold", "_move"},
         ),
-        (BulkConsumer, driver.Consumer, {"hold", "move", "high_water", "coordinator_failed", "_if_assigned"}),
+        (
+            BulkConsumer,
+            driver.Consumer,
+            {"hold", "move", "high_water", "silence_s", "coordinator_failed", "_if_assigned"},
+        ),
     ],
 )
 def test_what_is_overridden_is_called_alike(ours: type[Any], theirs: type[Any], added: set[str]) -> None:
@@ -51,7 +56,11 @@ def test_aiokafka_keeps_positions_and_the_coordinator_where_we_look(kafka: str, 
             assert BulkThread._positions(consumer) == {}  # assigned, and nobody knows where yet
             consumer.seek(partition, 0)
             assert BulkThread._positions(consumer) == {partition: 0}
-            await asyncio.sleep(0)  # its tasks must have begun before they can be ended
+            state = BulkThread._states(consumer)[partition]
+            assert (state.paused, state.timestamp) == (False, None)
+            before_ms = int(time.time() * 1000)
+            await consumer.getmany(timeout_ms=1000)
+            assert state.timestamp >= before_ms
         finally:
             await consumer.stop()
 
