@@ -59,7 +59,7 @@ def test_a_store_that_stays_away_ends_the_worker(
         valkey_server.freeze()
         try:
             emit(stream.environment, count=100, seed=3)
-            code = worker.process.wait(40)
+            code = worker.process.wait(120)
         finally:
             valkey_server.thaw()
         assert code == 1
@@ -150,7 +150,7 @@ def test_a_topic_made_anew_stops_until_a_new_epoch(stream: Stream, tmp_path: Pat
         make_anew(stream)
         emit(stream.environment, count=6000, seed=2)
         worker.start()
-        assert worker.process.wait(40) == 1
+        assert worker.process.wait(120) == 1
         assert f"start --topic {stream.topic} --new-epoch" in worker.tail().splitlines()[-1]
         for _ in range(2):  # may be repeated
             started = new_epoch(config_of(stream.environment), stream.topic)
@@ -196,7 +196,7 @@ def test_events_lost_by_retention_are_named_and_recorded_once_allowed(stream: St
         for future in admin.delete_records([TopicPartition(stream.topic, n, o) for n, o in cut.items()]).values():
             future.result(10)
         worker.start()
-        assert worker.process.wait(40) == 1
+        assert worker.process.wait(120) == 1
         reason = worker.tail().splitlines()[-1]
         assert "HEADRACE_ALLOW_GAPS" in reason
         refused = [
@@ -312,7 +312,7 @@ def test_the_embedded_broker_forgets_and_a_new_epoch_goes_on(
                 worker.environment.update(environment)
                 if epoch:
                     worker.start()
-                    assert worker.process.wait(40) == 1
+                    assert worker.process.wait(120) == 1
                     assert "--new-epoch" in worker.tail().splitlines()[-1]
                     done = run(environment, "start", "--topic", "drivers", "--new-epoch")
                     assert done.returncode == 0, done.stderr
