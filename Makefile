@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock check format test campaign fuzz demo up bench bench-stream bench-stores clean
+.PHONY: help setup lock check format test campaign chaos fuzz demo up bench bench-stream bench-stores clean
 
 VENV ?= .venv
 STAMP := $(VENV)/.headrace-setup
@@ -62,6 +62,10 @@ campaign: setup ## 200,000 events through a real Kafka, once in peace and once w
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_KILLS=10 HEADRACE_TEST_EVENTS=200000 \
 	    $(PYTHON) -m pytest -s tests/streaming/test_kafka.py -k "every_event or kill_9" $(ARGS)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_LOGINS=all $(PYTHON) -m pytest tests/streaming/test_security.py $(ARGS)
+
+chaos: setup ## everything goes wrong at once, 100 kill -9 and more, and one by one (about 45 minutes)
+	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_CAMPAIGN=1 HEADRACE_TEST_CHAOS_ROUNDS=20 HEADRACE_TEST_CHAOS_ROUND_SECONDS=60 \
+	    $(PYTHON) -m pytest -s tests/streaming/test_chaos.py tests/streaming/test_outages.py $(ARGS)
 
 campaign-stores: setup ## the property tests and crash mixes of the stores with 2,000 examples each (about an hour)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_EXAMPLES=2000 $(PYTHON) -m pytest --timeout 7200 tests/headrace $(ARGS)

@@ -119,11 +119,16 @@ class Broker:
         if self.is_embedded():
             return None
         asked_s = time.monotonic()
-        description = self._ask(
-            lambda: self._admin.describe_topics(TopicCollection([topic]), request_timeout=self._timeout_s)[
-                topic
-            ].result(self._timeout_s)
-        )
+        try:
+            description = self._ask(
+                lambda: self._admin.describe_topics(TopicCollection([topic]), request_timeout=self._timeout_s)[
+                    topic
+                ].result(self._timeout_s)
+            )
+        except BrokerError:
+            # It asks the controller. Of one that took over from another it hears by itself only within five minutes.
+            self.partitions()
+            raise
         topic_id = None if description.topic_id is None else str(description.topic_id)
         with self._lock:
             self._topic_ids[topic] = (asked_s, topic_id)
@@ -131,12 +136,7 @@ class Broker:
 
     def log(self, topic: str, partition: int) -> Log:
         """The ends of a partition's log. The latest counts open transactions too."""
-        earliest, latest = self._ask(
-            lambda: self._consumer().get_watermark_offsets(
-                TopicPartition(topic, partition), timeout=self._timeout_s, cached=False
-            )
-        )
-        return Log(earliest, latest)
+        return self._ask(lambda: self._ends(topic, partition))
 
     def offsets_at(self, topic: str, partitions: int, time_ms: int) -> Mapping[int, int]:
         """For each partition the first offset produced at or after a time; the log's end if there is none."""
@@ -157,6 +157,18 @@ class Broker:
         """Let go of the connections."""
         if self._watcher is not None:
             self._watcher.close()
+
+    def _ends(self, topic: str, partition: int) -> Log:
+        consumer = self._consumer()
+        where = TopicPartition(topic, partition)
+        try:
+            return Log(*consumer.get_watermark_offsets(where, timeout=self._timeout_s, cached=False))
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError._UNKNOWN_PARTITION:
+                raise
+            # By itself the client hears of a partition that was added only within five minutes.
+            consumer.list_topics(topic, timeout=self._timeout_s)
+            return Log(*consumer.get_watermark_offsets(where, timeout=self._timeout_s, cached=False))
 
     def is_embedded(self) -> bool:
         """Whether it is librdkafka's mock cluster."""

@@ -100,7 +100,7 @@ class JsonDecoder:
             table, indices = table.take(pa.array(keep)), indices[keep]
         return Decoded(table, indices, rejects, np.array(skipped, dtype=np.int64))
 
-    def _decoder(self, kinds: list[Any], optional: set[str]) -> Callable[[bytes], Any]:
+    def _decoder(self, kinds: list[Any], optional: set[str]) -> Callable[[bytes | str], Any]:
         fields: list[Any] = []
         for index, (name, kind) in enumerate(zip(self._names, kinds, strict=True)):
             fields.append((f"f{index}", kind | None, None) if name in optional else (f"f{index}", kind | None))

@@ -77,6 +77,9 @@ class Mover(Protocol):
     def high_water(self, partition: TopicPartition) -> int | None:
         """The end of the log as last heard."""
 
+    def silence_s(self) -> Mapping[TopicPartition, float]:
+        """How long ago the broker last answered for each partition that is fetched."""
+
 
 class StoppedError(Exception):
     """A view cannot go on with a topic; the message names the facts and the command that helps."""
@@ -290,6 +293,7 @@ class StreamIntake:
         return [
             *(Fault(Kind.STEP_FAILING, text) for text in failing),
             *(Fault(Kind.STALLED, text) for text in stalled),
+            *(Fault(Kind.CONSUMER, text) for text in self._silent()),
             *(Fault(Kind.VIEW_LEFT_OUT, text) for text in stopped),
             *(Fault(Kind.VIEW_BEHIND, text) for text in self._behind.values()),
             *(Fault(Kind.DEAD_LETTERS, share.fault) for share in self._shares.values() if share.fault is not None),
@@ -319,6 +323,7 @@ class StreamIntake:
         async with self._ending:  # the next may read the ledgers when the lanes of all before have ended
             await asyncio.gather(*(lane.finish(FINISH_S) for run in runs.values() for lane in run.lanes))
         for partition, run in runs.items():
+            self._health.failing.pop(_short_key(partition), None)
             if run.lanes:
                 self._committed[partition] = min(lane.end for lane in run.lanes)
         return assignment
@@ -337,6 +342,8 @@ class StreamIntake:
                     return start
                 break
             except ShortLogError as error:
+                if assignment != self._assignment:
+                    return None
                 logger.warning("%s[%d]: %s", *partition, error, extra=partition._asdict())
                 self._health.failing[_short_key(partition)] = str(error)
                 self._spawn(self._watch_short_log(partition, assignment))
@@ -635,6 +642,14 @@ class StreamIntake:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._on_fatal(task.exception())
+
+    def _silent(self) -> list[str]:
+        """Partitions of which the broker tells nothing for longer than the group waits for a worker."""
+        if self.mover is None or self._room.is_spent:  # then nothing is asked
+            return []
+        silent = {p: s for p, s in self.mover.silence_s().items() if s > self._settings.session_seconds}
+        names = ", ".join(f"{topic}[{number}]" for topic, number in sorted(silent))
+        return [f"the broker has not answered for {max(silent.values()):.0f} s: {names}"] if silent else []
 
     def _gauges(self) -> Mapping[tuple[str, str, int], tuple[int, int | None]]:
         found: dict[tuple[str, str, int], tuple[int, int | None]] = {}

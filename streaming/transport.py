@@ -145,14 +145,22 @@ class BulkThread(driver.AIOKafkaConsumerThread):
         intake: Intake = self.app.intake  # type: ignore[attr-defined]
         self.app.add_future(intake.out_of_range(TopicPartition(*tp)))  # type: ignore[attr-defined]
 
+    def heard_ms(self) -> dict[TP, int]:
+        """When the broker last answered a fetch of each partition that is fetched, by the wall clock. Of any thread."""
+        states = self._states(self._consumer) if self._consumer is not None else {}
+        return {tp: state.timestamp for tp, state in states.items() if not state.paused and state.timestamp is not None}
+
+    @classmethod
+    def _positions(cls, consumer: aiokafka.AIOKafkaConsumer) -> dict[TP, int]:
+        return {tp: state.position for tp, state in cls._states(consumer).items() if state.has_valid_position}
+
     @staticmethod
-    def _positions(consumer: aiokafka.AIOKafkaConsumer) -> dict[TP, int]:
+    def _states(consumer: aiokafka.AIOKafkaConsumer) -> dict[TP, Any]:
         subscription = consumer._subscription.subscription
         assignment = subscription.assignment if subscription is not None else None
         if assignment is None or not assignment.active:
             return {}
-        states = {tp: assignment.state_value(tp) for tp in assignment.tps}
-        return {tp: state.position for tp, state in states.items() if state.has_valid_position}
+        return {tp: assignment.state_value(tp) for tp in assignment.tps}
 
     async def hold(self, tp: TP) -> None:
         """Stop fetching a partition."""
@@ -163,8 +171,13 @@ class BulkThread(driver.AIOKafkaConsumerThread):
         await self.call_thread(self._move, tp, offset)
 
     async def on_thread_stop(self) -> None:
-        """Leave the group, so that others have the partitions at once; but do not wait long to say so."""
-        await _within(FAREWELL_S, super().on_thread_stop())
+        """Leave the group, so that others have the partitions at once; but do not wait long to say so.
+
+        Without a broker aiokafka waits for an answer, or lets the cancellation of a fetch out of its `stop`; of both
+        Faust would never hear that the thread has ended, and SIGTERM would not end the worker.
+        """
+        with contextlib.suppress(asyncio.CancelledError):
+            await _within(FAREWELL_S, super().on_thread_stop())
 
     async def _hold(self, tp: TP) -> None:
         consumer = self._ensure_consumer()
@@ -261,6 +274,11 @@ class BulkConsumer(driver.Consumer):
         except (IllegalStateError, faust.exceptions.FaustError, AssertionError):
             return None
         return high
+
+    def silence_s(self) -> Mapping[TopicPartition, float]:
+        """How long ago the broker last answered for each partition that is fetched."""
+        now_ms = time.time() * 1000
+        return {TopicPartition(*tp): (now_ms - heard_ms) / 1000 for tp, heard_ms in self._thread.heard_ms().items()}
 
     def coordinator_failed(self) -> bool:
         """Whether aiokafka's coordinator ended while the worker runs: nothing would ever come again."""

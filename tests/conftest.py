@@ -17,6 +17,7 @@ import pytest
 from tests.servers import (
     Kafka,
     MockBroker,
+    Proxy,
     UnavailableError,
     Valkey,
     copy_repository,
@@ -81,10 +82,17 @@ def pytest_make_collect_report(
 
 
 @pytest.fixture(scope="session")
-def kafka_server() -> Iterator[Kafka]:
+def kafka_proxy() -> Iterator[Proxy]:
+    """A way to the shared Kafka that can be broken: leave it open."""
+    with Proxy() as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def kafka_server(kafka_proxy: Proxy) -> Iterator[Kafka]:
     """A real Apache Kafka, one broker, shared by the session: stop it, freeze it, but leave it running."""
     try:
-        with Kafka() as server:
+        with Kafka(proxy=kafka_proxy) as server:
             yield server
     except UnavailableError as exc:
         pytest.skip(str(exc))
@@ -104,6 +112,13 @@ def valkey_server() -> Iterator[Valkey]:
             yield server
     except UnavailableError as exc:
         pytest.skip(str(exc))
+
+
+@pytest.fixture(scope="session")
+def valkey_proxy(valkey_server: Valkey) -> Iterator[Proxy]:
+    """A way to the shared Valkey that can be broken: leave it open."""
+    with Proxy(valkey_server.port) as proxy:
+        yield proxy
 
 
 @pytest.fixture

@@ -10,14 +10,18 @@ output in a log file there; it is ended by its process id. Nothing here needs py
 
 from __future__ import annotations
 
-from tests.servers.brokers import Kafka, MockBroker, create_topic
+from tests.servers.brokers import Kafka, KafkaCluster, MockBroker, create_topic
 from tests.servers.process import Server, ServerError, UnavailableError, free_port
+from tests.servers.proxy import Mode, Proxy
 from tests.servers.repository import copy_repository, environment, feast_apply, use_valkey
 from tests.servers.valkey import Valkey, ValkeySentinel
 
 __all__ = [
     "Kafka",
+    "KafkaCluster",
     "MockBroker",
+    "Mode",
+    "Proxy",
     "Server",
     "ServerError",
     "UnavailableError",

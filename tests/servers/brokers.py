@@ -10,8 +10,9 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient, NewTopic
@@ -20,6 +21,9 @@ from tests.servers.process import Server, ServerError, UnavailableError, free_po
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
+    from tests.servers.proxy import Proxy
 
 ROOT = Path(__file__).parents[2]
 POM = Path(__file__).with_name("kafka") / "pom.xml"
@@ -30,14 +34,21 @@ HELP = "install a Java runtime (17 or newer) and Maven: `apt-get install openjdk
 TOPIC_TIMEOUT_S = 20.0
 
 
-def create_topic(address: str, name: str, *, partitions: int = 4, config: Mapping[str, str] | None = None) -> str:
+def create_topic(
+    address: str,
+    name: str,
+    *,
+    partitions: int = 4,
+    replication: int = 1,
+    config: Mapping[str, str] | None = None,
+) -> str:
     """Create a topic on a real broker and return its name when every partition has a leader.
 
     Raises:
         ServerError: The broker refused, or the topic did not appear.
     """
     admin = AdminClient({"bootstrap.servers": address})
-    new = NewTopic(name, num_partitions=partitions, replication_factor=1, config=dict(config or {}))
+    new = NewTopic(name, num_partitions=partitions, replication_factor=replication, config=dict(config or {}))
     try:
         admin.create_topics([new])[name].result(TOPIC_TIMEOUT_S)
     except KafkaException as exc:
@@ -59,6 +70,7 @@ class Kafka(Server):
 
     Args:
         heap: the largest Java heap.
+        proxy: clients may also come through it, and are told its port; forwards here from the start.
         config: further broker properties, which win over those set here.
         listeners: further listeners beside the plain one: security protocol by name.
         scram: passwords of SCRAM users, by name.
@@ -72,6 +84,7 @@ class Kafka(Server):
         self,
         *,
         heap: str = "512m",
+        proxy: Proxy | None = None,
         config: Mapping[str, str] | None = None,
         listeners: Mapping[str, str] | None = None,
         scram: Mapping[str, str] | None = None,
@@ -80,7 +93,14 @@ class Kafka(Server):
         super().__init__()
         self._listeners = {name: (protocol, free_port()) for name, protocol in (listeners or {}).items()}
         self._scram, self._options = dict(scram or {}), tuple(java)
-        self.port, self._controller_port = free_port(), free_port()
+        self.port, self.controller_port = free_port(), free_port()
+        # An id that begins with a dash would be taken for an option.
+        self.cluster = "h" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")[1:]
+        self._advertised: dict[str, int] = {}
+        if proxy is not None:
+            proxy.target = free_port()
+            self._listeners["PROXIED"] = ("PLAINTEXT", proxy.target)
+            self._advertised["PROXIED"] = proxy.port
         self._heap = heap
         self._config = dict(config or {})
         self._properties = self.folder / "server.properties"
@@ -97,6 +117,10 @@ class Kafka(Server):
     def create_topic(self, name: str, *, partitions: int = 4, config: Mapping[str, str] | None = None) -> str:
         """Create a topic and return its name when every partition has a leader."""
         return create_topic(self.address, name, partitions=partitions, config=config)
+
+    def configure(self, config: Mapping[str, str]) -> None:
+        """Set further broker properties; before the first start."""
+        self._config |= config
 
     def command(self) -> Sequence[str]:
         if not self._properties.exists():
@@ -129,21 +153,24 @@ class Kafka(Server):
         protocols = {"PLAINTEXT": "PLAINTEXT"} | {name: protocol for name, (protocol, _) in self._listeners.items()}
         ports = {"PLAINTEXT": self.port} | {name: port for name, (_, port) in self._listeners.items()}
         served = ",".join(f"{name}://127.0.0.1:{port}" for name, port in ports.items())
+        advertised = ",".join(f"{name}://127.0.0.1:{port}" for name, port in (ports | self._advertised).items())
         properties = {
             "process.roles": "broker,controller",
             "node.id": "1",
-            "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
+            "controller.quorum.voters": f"1@127.0.0.1:{self.controller_port}",
             "controller.listener.names": "CONTROLLER",
-            "listeners": f"{served},CONTROLLER://127.0.0.1:{self._controller_port}",
-            "advertised.listeners": served,
+            "listeners": f"{served},CONTROLLER://127.0.0.1:{self.controller_port}",
+            "advertised.listeners": advertised,
             "listener.security.protocol.map": ",".join(
                 f"{name}:{protocol}" for name, protocol in {**protocols, "CONTROLLER": "PLAINTEXT"}.items()
             ),
+            "inter.broker.listener.name": "PLAINTEXT",
             "log.dirs": str(self.folder / "data"),
             "auto.create.topics.enable": "false",
             "num.partitions": "4",
             "group.initial.rebalance.delay.ms": "0",
             "group.min.session.timeout.ms": "1000",
+            "log.cleaner.backoff.ms": "500",
             "offsets.topic.num.partitions": "1",
             "offsets.topic.replication.factor": "1",
             "transaction.state.log.num.partitions": "1",
@@ -157,9 +184,7 @@ class Kafka(Server):
         text = "".join(f"{key}={value}\n" for key, value in properties.items())
         draft = self._properties.with_suffix(".draft")
         draft.write_text(text, encoding="utf-8")
-        # An id that begins with a dash would be taken for an option.
-        cluster = "h" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")[1:]
-        formatting = [*self._java(), "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(draft)]
+        formatting = [*self._java(), "kafka.tools.StorageTool", "format", "-t", self.cluster, "-c", str(draft)]
         for user, password in self._scram.items():
             for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
                 formatting += ["--add-scram", f"{mechanism}=[name={user},password={password}]"]
@@ -167,6 +192,66 @@ class Kafka(Server):
         if done.returncode != 0:
             raise ServerError(f"Kafka's storage was not formatted:\n{done.stdout}{done.stderr}")
         draft.rename(self._properties)
+
+
+class KafkaCluster:
+    """Brokers that are controllers too, in one KRaft cluster: any one may be lost, and the others go on.
+
+    Args:
+        nodes: how many.
+    """
+
+    def __init__(self, nodes: int = 3) -> None:
+        self.nodes = [Kafka(heap="256m") for _ in range(nodes)]
+        voters = ",".join(f"{n}@127.0.0.1:{node.controller_port}" for n, node in enumerate(self.nodes, 1))
+        for number, node in enumerate(self.nodes, 1):
+            node.cluster = self.nodes[0].cluster
+            node.configure(
+                {
+                    "node.id": str(number),
+                    "controller.quorum.voters": voters,
+                    "offsets.topic.replication.factor": str(nodes),
+                    "transaction.state.log.replication.factor": str(nodes),
+                    "min.insync.replicas": str(nodes // 2 + 1),
+                    "log.cleaner.dedupe.buffer.size": "4194304",
+                    "broker.session.timeout.ms": "3000",
+                    "broker.heartbeat.interval.ms": "500",
+                }
+            )
+
+    @property
+    def address(self) -> str:
+        """`host:port` of every node."""
+        return ",".join(node.address for node in self.nodes)
+
+    def create_topic(self, name: str, *, partitions: int = 4) -> str:
+        """Create a topic that every node has."""
+        return create_topic(self.address, name, partitions=partitions, replication=len(self.nodes))
+
+    def start(self) -> Self:
+        """Start the nodes, at once: none serves before most of them do."""
+        with ThreadPoolExecutor(len(self.nodes)) as pool:
+            for started in [pool.submit(node.start) for node in self.nodes]:
+                started.result()
+        return self
+
+    def close(self) -> None:
+        """Stop the nodes and remove their folders."""
+        for node in self.nodes:
+            node.kill()
+            node.close()
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def fetch_jars() -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from feast import KafkaSource
 
 from headrace.repository import open_store
 from tests.conftest import RepositoryFactory, TopicFactory
-from tests.servers import Valkey
+from tests.servers import Mode, Proxy, Valkey
 from tests.servers.repository import use_valkey
 
 QUICK = {"session_seconds": 2, "append_seconds": 0.5, "store_retry_seconds": 30, "broker_timeout_seconds": 5}
@@ -43,6 +44,31 @@ class Stream:
 StreamFactory = Callable[..., Stream]
 
 
+@dataclass(frozen=True)
+class Network:
+    """The worker's ways to broker and store, which a test may break."""
+
+    broker: Proxy
+    store: Proxy
+
+
+@pytest.fixture
+def network(kafka_proxy: Proxy, valkey_proxy: Proxy) -> Iterator[Network]:
+    """Ways to the shared Kafka and Valkey; open again after the test."""
+    yield Network(kafka_proxy, valkey_proxy)
+    kafka_proxy.set(Mode.OPEN)
+    valkey_proxy.set(Mode.OPEN)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only a campaign runs."""
+    if os.environ.get("HEADRACE_TEST_CAMPAIGN") == "1":
+        return
+    left = [item for item in items if item.get_closest_marker("campaign") is not None]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
 def read_from(repo: Path, broker: str, topic: str) -> None:
     """Let the views of an applied repository read another topic. Quicker than a `feast apply` of their file."""
     store = open_store(repo)
@@ -61,16 +87,21 @@ def make_stream(
     feature_repo_copy: RepositoryFactory,
     worker_environment: Callable[..., dict[str, str]],
 ) -> StreamFactory:
-    """A function that makes a stream on the real Kafka; settings are given by keyword."""
+    """A function that makes a stream on the real Kafka; settings are given by keyword.
 
-    def make(online: str = "valkey", /, **settings: object) -> Stream:
+    With a network its worker goes through it.
+    """
+
+    def make(online: str = "valkey", /, *, network: Network | None = None, **settings: object) -> Stream:
         name = topic("drivers", partitions=4)
         repo = feature_repo_copy()
         if online == "valkey":
             server: Valkey = request.getfixturevalue("valkey_server").start()
-            use_valkey(repo, server.address, next(request.getfixturevalue("valkey_databases")))
+            store = server.address if network is None else network.store.address
+            use_valkey(repo, store, next(request.getfixturevalue("valkey_databases")))
         read_from(repo, kafka, name)
-        environment = worker_environment(**{"feature_repo": repo, **QUICK, **settings})
+        way = {} if network is None else {"broker": network.broker.address}
+        environment = worker_environment(**{"feature_repo": repo, **way, **QUICK, **settings})
         return Stream(kafka, name, repo, environment)
 
     return make

@@ -10,6 +10,7 @@ import math
 import struct
 import uuid
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,10 +56,36 @@ class Truth:
         """The newest row of each driver: by event time, created time, partition, offset."""
         best: dict[int, tuple[tuple[Any, ...], tuple[Any, ...]]] = {}
         for origin, row in self.accepted.items():
-            order = (row[4], row[5] if row[5] is not None else -math.inf, *origin)
+            order = order_of(origin, row)
             if row[0] not in best or order >= best[row[0]][0]:
                 best[row[0]] = (order, row)
         return {key: row for key, (_, row) in best.items()}
+
+    def went_back(self, seen: Mapping[int, Sequence[tuple[Any, ...]]]) -> list[str]:
+        """Where a driver's features were replaced by older ones, or by some that no event had.
+
+        Args:
+            seen: the features of each driver as they were seen one after another.
+        """
+        orders: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+        for origin, row in self.accepted.items():
+            orders.setdefault(row[:4], []).append(order_of(origin, row))
+        faults: list[str] = []
+        for key, values in seen.items():
+            last: tuple[Any, ...] = ()
+            for features in values:
+                possible = sorted(orders.get((key, *features), []))
+                order = next((order for order in possible if order >= last), None)
+                if order is None:
+                    faults.append(f"driver {key}: {features} of {possible or 'no event'} came after {last}")
+                else:
+                    last = order
+        return faults
+
+
+def order_of(origin: Origin, row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Where a row is in the order that decides which of a key's rows is the newest."""
+    return (row[4], row[5] if row[5] is not None else -math.inf, *origin)
 
 
 def read_topic(broker: str, topic: str, *, timeout_s: float = 60.0) -> list[Message]:
@@ -224,8 +251,13 @@ def read_online(repo: Path, keys: list[int]) -> dict[int, tuple[Any, ...]]:
     return served
 
 
-def verify(broker: str, topic: str, repo: Path) -> dict[str, int]:
+def verify(
+    broker: str, topic: str, repo: Path, *, seen: Mapping[int, Sequence[tuple[Any, ...]]] | None = None
+) -> dict[str, int]:
     """Compare both stores and the dead letters with the truth, and return counts.
+
+    Args:
+        seen: what was online while events came; see `Truth.went_back`.
 
     Raises:
         AssertionError: an event is lost, doubled, wrong, or not newest.
@@ -255,10 +287,13 @@ def verify(broker: str, topic: str, repo: Path) -> dict[str, int]:
     served = read_online(repo, sorted(newest))
     behind = {key for key, row in newest.items() if served[key] != (row[1], row[2], row[3])}
     assert not behind, f"{len(behind)} keys online are not the newest: {sorted(behind)[:5]}"
+    back = truth.went_back(seen or {})
+    assert not back, f"{len(back)} times older values online: {back[:5]}"
     return {
         "messages": len(messages),
         "accepted": len(truth.accepted),
         "bad": len(truth.bad),
+        "skipped": len(truth.skipped),
         "letters": len(letters),
         "keys": len(newest),
         "segments": sum(1 for _ in contract_of(repo).directory.glob("*.parquet")),

@@ -77,6 +77,16 @@ class Worker:
         assert self._process is not None
         return self._process
 
+    @property
+    def has_started(self) -> bool:
+        """Whether it was started at all."""
+        return self._process is not None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no running process."""
+        return self._process is None or self._process.poll() is not None
+
     def kill(self) -> None:
         """End it as a crash does."""
         self.process.kill()
@@ -89,10 +99,10 @@ class Worker:
         code = self.process.wait(timeout_s)
         return code, time.monotonic() - begun_s
 
-    def get(self, page: str) -> tuple[int, bytes]:
+    def get(self, page: str, *, timeout_s: float = 5.0) -> tuple[int, bytes]:
         """A page; status 0 if nobody answers."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{page}", timeout=5.0) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{page}", timeout=timeout_s) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -107,11 +117,11 @@ class Worker:
             return found
         return {}
 
-    def wait_ready(self, timeout_s: float = 60.0) -> None:
+    def wait_ready(self, timeout_s: float = 120.0) -> None:
         """Wait until `/readyz` says 200."""
         self.wait(lambda: self.get("/readyz")[0] == 200, timeout_s, "ready")
 
-    def wait_drained(self, ends: Mapping[int, int], timeout_s: float = 120.0) -> None:
+    def wait_drained(self, ends: Mapping[int, int], timeout_s: float = 180.0) -> None:
         """Wait until the ledgers end where the logs end."""
 
         def is_drained() -> bool:

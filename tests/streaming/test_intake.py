@@ -7,10 +7,12 @@ import random
 
 import pytest
 
+from headrace.chains import StreamLedger
 from streaming.health import Health
 from streaming.intake import StreamIntake
 from streaming.slices import Slice, TopicPartition
 from tests.streaming.conftest import Stream
+from tests.streaming.oracle import contract_of
 from tests.streaming.process import config_of, emit
 
 
@@ -29,6 +31,9 @@ class Places:
 
     def high_water(self, partition: TopicPartition) -> int | None:
         return None
+
+    def silence_s(self) -> dict[TopicPartition, float]:
+        return {}
 
 
 def lanes_at_work() -> int:
@@ -68,6 +73,42 @@ def test_of_crossing_assignments_the_last_counts(stream: Stream, seed: int) -> N
         intake.close()
 
     emit(stream.environment, count=100)
+    asyncio.run(scenario())
+    assert faults == []
+
+
+def test_of_assignments_in_one_moment_the_last_counts(stream: Stream) -> None:
+    async def scenario() -> None:
+        intake = StreamIntake(config_of(stream.environment), Health(), faults.append)
+        intake.mover = Places()
+        everything = [TopicPartition(stream.topic, number) for number in range(4)]
+        wanted = (set(everything), set(everything[:3]), set(everything[1:]))
+        starts = await asyncio.gather(*(intake.assign(n, partitions) for n, partitions in enumerate(wanted)))
+        assert starts == [{}, {}, dict.fromkeys(everything[1:], 0)]
+        assert lanes_at_work() == 3 * 3
+        await intake.release()
+        assert lanes_at_work() == 0
+        intake.close()
+
+    faults: list[BaseException] = []
+    asyncio.run(scenario())
+    assert faults == []
+
+
+def test_a_log_that_is_too_short_is_told_of_while_it_is_ours(stream: Stream) -> None:
+    async def scenario() -> None:
+        intake = StreamIntake(config_of(stream.environment), Health(), faults.append)
+        intake.mover = places = Places()
+        partition = TopicPartition(stream.topic, 0)
+        StreamLedger(contract_of(stream.repo), *partition).begin(10, None)
+        assert await intake.assign(1, {partition}) == {}
+        assert places.held == [partition]
+        assert "ends at 0, the ledger of `driver_stats` at 10" in " ".join(fault.text for fault in intake.faults())
+        await intake.release()
+        assert intake.faults() == []
+        intake.close()
+
+    faults: list[BaseException] = []
     asyncio.run(scenario())
     assert faults == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import inspect
+import time
 from typing import Any
 
 import aiokafka
@@ -30,12 +31,12 @@ def own_methods(kind: type[Any]) -> list[str]:
         (
             BulkThread,
             driver.AIOKafkaConsumerThread,
-            {"_positions", "_note_out_of_range", "hold", "move", "_hold", "_move", "_beat"},
+            {"_positions", "_states", "heard_ms", "_note_out_of_range", "hold", "move", "_hold", "_move", "_beat"},
         ),
         (
             BulkConsumer,
             driver.Consumer,
-            {"hold", "move", "high_water", "coordinator_failed", "thread_failed", "_if_assigned"},
+            {"hold", "move", "high_water", "silence_s", "coordinator_failed", "thread_failed", "_if_assigned"},
         ),
     ],
 )
@@ -60,7 +61,11 @@ def test_aiokafka_keeps_positions_and_the_coordinator_where_we_look(kafka: str, 
             assert BulkThread._positions(consumer) == {}  # assigned, and nobody knows where yet
             consumer.seek(partition, 0)
             assert BulkThread._positions(consumer) == {partition: 0}
-            await asyncio.sleep(0)  # its tasks must have begun before they can be ended
+            state = BulkThread._states(consumer)[partition]
+            assert (state.paused, state.timestamp) == (False, None)
+            before_ms = int(time.time() * 1000)
+            await consumer.getmany(timeout_ms=1000)
+            assert state.timestamp >= before_ms
         finally:
             await consumer.stop()
 
