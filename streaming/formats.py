@@ -1,0 +1,37 @@
+"""The message formats of the stream: one decoder a view, made by one function, all with the same interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from headrace.contract import ViewContract
+from headrace.errors import ConfigError
+from streaming.avro import AvroDecoder
+from streaming.decode import Decoded, JsonDecoder
+from streaming.schema_registry import SchemaRegistry
+
+Decoder = Callable[[Sequence[bytes | None]], Decoded]
+"""Values of records to columns. Never raises for what is in them; a `TransientError` may pass, and nothing is lost."""
+
+
+def decoder_of(contract: ViewContract, registry: SchemaRegistry | None) -> Decoder:
+    """The decoder of a view's message format.
+
+    Args:
+        registry: where the schemas are that records name; None if they name none. JSON has no use for it.
+
+    Raises:
+        ConfigError: the format is not served, or its schema does not give what the view needs.
+    """
+    if contract.message_format in (None, "json"):
+        return JsonDecoder(contract)
+    if contract.message_format == "avro":
+        return AvroDecoder(contract, registry)
+    msg = f"feature view `{contract.name}`: its KafkaSource has the message format `{contract.message_format}`; "
+    if contract.message_format == "proto":
+        msg += (
+            "a ProtoFormat names a Java class, which Python cannot load, and a field that is absent from a Protobuf "
+            "message reads as 0, so that a record cut short would be taken for good; "
+        )
+    msg += "expected JsonFormat or AvroFormat: send one of these, or convert the topic before the stream reads it"
+    raise ConfigError(msg)
