@@ -20,6 +20,9 @@ from fastavro.schema import SchemaParseException, UnknownType
 MOST_NODES = 20_000
 """Named types are written out where they are used, and a small text can name very many."""
 
+MOST_LEVELS = 64
+"""Values are taken apart level by level, on the stack."""
+
 Convert = Callable[[Any], Any]
 
 _MOMENTS = tuple(f"{zone}timestamp-{unit}" for zone in ("", "local-") for unit in ("millis", "micros", "nanos"))
@@ -143,13 +146,23 @@ class _Expansion:
     def __init__(self, named: Mapping[str, Any]) -> None:
         self._named = named
         self._made = 0
+        self._level = 0
 
     def node(self, schema: Any, within: tuple[str, ...]) -> Node:
         """The node of a schema that stands within the records of these names."""
         self._made += 1
+        self._level += 1
         if self._made > MOST_NODES:
             msg = f"the schema has more than {MOST_NODES} parts when its named types are written out"
             raise AvroSchemaError(msg)
+        if self._level > MOST_LEVELS:
+            msg = f"the schema is nested deeper than {MOST_LEVELS} levels"
+            raise AvroSchemaError(msg)
+        made = self._node(schema, within)
+        self._level -= 1
+        return made
+
+    def _node(self, schema: Any, within: tuple[str, ...]) -> Node:
         if isinstance(schema, list):
             return Node("union", parts=tuple(self.node(branch, within) for branch in schema))
         if isinstance(schema, str):

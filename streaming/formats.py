@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 from headrace.contract import ViewContract
@@ -35,3 +36,11 @@ def decoder_of(contract: ViewContract, registry: SchemaRegistry | None) -> Decod
         )
     msg += "expected JsonFormat or AvroFormat: send one of these, or convert the topic before the stream reads it"
     raise ConfigError(msg)
+
+
+def bytes_format(contract: ViewContract, registry: SchemaRegistry | None) -> str:
+    """What the bytes of a record are, in words: the same for all views of a topic, which read the same bytes."""
+    name = contract.message_format or "json"
+    if name == "avro" and registry is None:
+        return f"avro {json.dumps(json.loads(contract.message_schema or 'null'), sort_keys=True)}"
+    return name

@@ -15,7 +15,7 @@ from headrace.contract import Transform, ViewContract, load_transform
 from headrace.errors import ConfigError
 from headrace.repository import contracts, open_store
 from headrace.settings import load
-from streaming.formats import decoder_of
+from streaming.formats import bytes_format, decoder_of
 from streaming.schema_registry import SchemaRegistry
 from streaming.security import SecuritySettings
 
@@ -200,11 +200,10 @@ def _check_formats(served: list[ViewContract], registry: SchemaRegistry | None) 
     for contract in served:
         decoder_of(contract, registry)
         other = formats.setdefault(contract.topic, contract)
-        if (other.message_format or "json") != (contract.message_format or "json"):
+        if bytes_format(other, registry) != bytes_format(contract, registry):
             msg = (
-                f"topic `{contract.topic}`: feature view `{other.name}` has the message format "
-                f"`{other.message_format}`, `{contract.name}` has `{contract.message_format}`; "
-                "a topic has records of one format: declare the same for both"
+                f"topic `{contract.topic}`: the feature views `{other.name}` and `{contract.name}` read the same "
+                "records, but their KafkaSources have different message formats or schemas; declare the same for both"
             )
             raise ConfigError(msg)
 
