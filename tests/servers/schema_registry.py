@@ -87,7 +87,7 @@ class SchemaRegistryServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            log_message: Callable[..., None] = lambda *_: None  # type: ignore[assignment]
+            log_message: Callable[..., None] = lambda *_: None
 
             def do_GET(self) -> None:
                 registry.asked.append(self.path)

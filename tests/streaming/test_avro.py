@@ -349,10 +349,10 @@ def test_schemas_resolve_as_fastavro_resolves_them(data: st.DataObject) -> None:
         *((name, data.draw(st.sampled_from(RESOLVED[name][1]))) for name in kept),
     )
     value = {name: SAMPLES[name] for name in names}
-    expected = schemaless_reader(BytesIO(written(writer, value)), parse_schema(writer), parse_schema(reader))
+    expected: Any = schemaless_reader(BytesIO(written(writer, value)), parse_schema(writer), parse_schema(reader))
     w, r = read_schema(json.dumps(writer)), read_schema(json.dumps(reader))
     _, convert = resolve(w.root, r.root)
-    found = schemaless_reader(BytesIO(written(writer, value)), w.decoding, None)
+    found: Any = schemaless_reader(BytesIO(written(writer, value)), w.decoding, None)
     found = found if convert is None else convert(found)
     assert found == expected
     assert [type(v) for v in found.values()] == [type(expected[name]) for name in found]
@@ -684,7 +684,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(avro, "UNKNOWN_S", 0.5)
 
 
-def insist(decoder: AvroDecoder, values: list[bytes | None], seconds: float = 10.0) -> Any:
+def insist(decoder: AvroDecoder, values: Sequence[bytes | None], seconds: float = 10.0) -> Any:
     """What a lane does: again until it passes."""
     deadline = time.monotonic() + seconds
     while True:
