@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class Column:
 
     def array(self, records: Sequence[Mapping[str, Any]]) -> pa.Array:
         """The values of records. Raises one of `FAULTS` if any of them does not fit."""
-        values = [self.get(record) for record in records]
+        values = list(map(self.get, records))
         convert = self.form.convert
         if convert is parse_time:
             moments, bad = parse_timestamps(pa.array(values, pa.string()))
@@ -303,7 +304,7 @@ class AvroDecoder:
 
 def _getter(name: str, convert: Convert | None) -> Convert:
     if convert is None:
-        return lambda record: record[name]
+        return itemgetter(name)
     change: Convert = convert
     return lambda record: change(record[name])
 
