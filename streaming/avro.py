@@ -9,9 +9,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ import pyarrow as pa
 from fastavro import schemaless_reader
 from feast.types import FeastType, UnixTimestamp
 
-from headrace.conform import Reason, Reject, parse_timestamps
+from headrace.conform import Reason, Reject, Rows, parse_timestamps
 from headrace.contract import ViewContract
 from headrace.errors import ConfigError, TransientError
 from streaming.avro_columns import Form, form_of, parse_time
+from streaming.avro_flat import FEWEST, FlatReader, is_flat
 from streaming.avro_schema import AvroSchema, AvroSchemaError, Convert, Node, read_schema, resolve
 from streaming.decode import Decoded
 from streaming.schema_registry import MAGIC, PREFIX_BYTES, SchemaRegistry, UnknownSchemaError
@@ -48,17 +48,38 @@ class NotYetKnownError(TransientError):
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the view in a schema: how its values are had from a decoded record."""
+    """A column of the view in a schema: how its values are had from decoded records.
+
+    Attributes:
+        source: the field that has the values; None if none does.
+        resolve: makes what the view's schema asks for of a value; None leaves it.
+        default: what every value is without a field.
+    """
 
     name: str
-    get: Convert
+    source: str | None
+    resolve: Convert | None
+    default: Any
     form: Form
     is_time: bool
 
-    def array(self, records: Sequence[Mapping[str, Any]]) -> pa.Array:
+    def of_records(self, records: Sequence[Mapping[str, Any]]) -> pa.Array:
         """The values of records. Raises one of `FAULTS` if any of them does not fit."""
-        values = list(map(self.get, records))
-        convert = self.form.convert
+        source = self.source
+        return self._array([self.default] * len(records) if source is None else [r[source] for r in records])
+
+    def of_fields(self, fields: Mapping[str, pa.Array], rows: int) -> pa.Array:
+        """The same of records that were read together."""
+        if self.source is None:
+            return self._array([self.default] * rows)
+        if self.resolve is None and self.form.convert is None:
+            return fields[self.source].cast(self.form.arrow)
+        return self._array(fields[self.source].to_pylist())
+
+    def _array(self, values: list[Any]) -> pa.Array:
+        resolve, convert = self.resolve, self.form.convert
+        if resolve is not None:
+            values = [resolve(value) for value in values]
         if convert is parse_time:
             moments, bad = parse_timestamps(pa.array(values, pa.string()))
             if bad.any():
@@ -76,11 +97,13 @@ class Plan:
 
     Attributes:
         skip_bytes: where in a record the data begin.
+        is_flat: whether many records may be read together.
     """
 
     schema: AvroSchema
     columns: tuple[Column, ...]
     skip_bytes: int
+    is_flat: bool
 
 
 @dataclass(frozen=True)
@@ -98,6 +121,73 @@ class _FieldError(AvroSchemaError):
     def __init__(self, reason: Reason, field: str, message: str) -> None:
         super().__init__(message)
         self.refusal = Refusal(reason, field, message)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a writer's schema gives for a field; see `Column`."""
+
+    node: Node
+    source: str | None
+    resolve: Convert | None = None
+    default: Any = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The records of one schema, with their index in the slice."""
+
+    plan: Plan
+    rows: list[int]
+    values: list[bytes]
+
+    def tables(self, rejects: list[Reject]) -> list[tuple[pa.Table, Rows]]:
+        """The columns of the records that are good, with their indices; the others are added to the rejects."""
+        rows = np.array(self.rows, dtype=np.int64)
+        done: list[tuple[pa.Table, Rows]] = []
+        left = np.arange(len(rows))
+        if self.plan.is_flat and len(rows) >= FEWEST:
+            table, good = self._together()
+            if table is not None:
+                done.append((table, rows[good]))
+                left = np.flatnonzero(~good)
+        if len(left):
+            done.append(self._one_by_one(rows, left.tolist(), rejects))
+        return done
+
+    def _together(self) -> tuple[pa.Table | None, Any]:
+        """The good records, read together, and which they are. No table if a value of theirs does not fit."""
+        columns = self.plan.columns
+        reader = FlatReader(self.plan.schema.root, self.values, self.plan.skip_bytes)
+        try:
+            fields, good = reader.read()
+            if not good.all():
+                keep = pa.array(np.flatnonzero(good))
+                fields = {name: values.take(keep) for name, values in fields.items()}
+            arrays = [column.of_fields(fields, int(good.sum())) for column in columns]
+        except FAULTS:
+            return None, None
+        return pa.Table.from_arrays(arrays, [column.name for column in columns]), good
+
+    def _one_by_one(self, rows: Rows, which: list[int], rejects: list[Reject]) -> tuple[pa.Table, Rows]:
+        """Some of the records, each read by itself."""
+        records: list[Any] = []
+        read: list[int] = []
+        for index in which:
+            try:
+                records.append(_read(self.plan, self.values[index]))
+            except Exception as error:  # noqa: BLE001 - hostile bytes raise more than the decoder's own errors
+                message = f"no Avro record of its schema: {type(error).__name__}: {error}"[:_LONGEST_MESSAGE]
+                rejects.append(Reject(int(rows[index]), Reason.UNDECODABLE, None, message))
+            else:
+                read.append(index)
+        table, bad = _table(self.plan, records)
+        kept = rows[read]
+        if bad:
+            rejects.extend(replace(reject, row=int(kept[row])) for row, reject in bad.items())
+            keep = np.setdiff1d(np.arange(len(records)), list(bad))
+            table, kept = table.take(pa.array(keep)), kept[keep]
+        return table, kept
 
 
 class AvroDecoder:
@@ -143,7 +233,7 @@ class AvroDecoder:
             self._learn(values, self._registry)
         skipped = [index for index, value in enumerate(values) if value is None]
         rejects: list[Reject] = []
-        groups: dict[int, tuple[Plan, list[int], list[Any]]] = {}
+        groups: dict[int, Group] = {}
         for index, value in enumerate(values):
             if value is None:
                 continue
@@ -151,21 +241,18 @@ class AvroDecoder:
             if isinstance(plan, Refusal):
                 rejects.append(Reject(index, plan.reason, plan.field, plan.message))
                 continue
-            try:
-                record = _read(plan, value)
-            except Exception as error:  # noqa: BLE001 - hostile bytes raise more than the decoder's own errors
-                message = f"no Avro record of its schema: {type(error).__name__}: {error}"[:_LONGEST_MESSAGE]
-                rejects.append(Reject(index, Reason.UNDECODABLE, None, message))
-                continue
-            _, rows, records = groups.setdefault(id(plan), (plan, [], []))
-            rows.append(index)
-            records.append(record)
-        tables, indices = self._tables(groups.values(), rejects)
-        order = np.argsort(indices, kind="stable") if len(tables) > 1 else None
-        table = pa.concat_tables(tables) if tables else self._empty()
-        if order is not None:
-            table, indices = table.take(pa.array(order)), indices[order]
+            group = groups.get(id(plan))
+            if group is None:
+                group = groups[id(plan)] = Group(plan, [], [])
+            group.rows.append(index)
+            group.values.append(value)
+        parts = [part for group in groups.values() for part in group.tables(rejects)]
         rejects.sort(key=lambda reject: reject.row)
+        indices = np.concatenate([np.empty(0, dtype=np.int64), *(rows for _, rows in parts)])
+        table = pa.concat_tables([table for table, _ in parts]) if parts else self._empty()
+        if len(parts) > 1:
+            order = np.argsort(indices)
+            table, indices = table.take(pa.array(order)), indices[order]
         return Decoded(table, indices, rejects, np.array(skipped, dtype=np.int64))
 
     def _plan_of(self, value: bytes) -> Plan | Refusal:
@@ -183,20 +270,6 @@ class AvroDecoder:
             return known
         asked = "is not known to the schema registry" if schema_id in self._unknown else "was not asked for"
         return Refusal(Reason.UNDECODABLE, None, f"schema id {schema_id} {asked}")
-
-    def _tables(self, groups: Any, rejects: list[Reject]) -> tuple[list[pa.Table], Any]:
-        tables: list[pa.Table] = []
-        indices: list[Any] = [np.empty(0, dtype=np.int64)]
-        for plan, rows, records in groups:
-            table, bad = _table(plan, records)
-            kept = np.array(rows, dtype=np.int64)
-            if bad:
-                rejects.extend(Reject(rows[row], bad[row].reason, bad[row].field, bad[row].message) for row in bad)
-                keep = np.setdiff1d(np.arange(len(rows)), list(bad))
-                table, kept = table.take(pa.array(keep)), kept[keep]
-            tables.append(table)
-            indices.append(kept)
-        return tables, np.concatenate(indices)
 
     def _empty(self) -> pa.Table:
         return pa.table({name: pa.nulls(0) for name in self._contract.schema.names})
@@ -266,51 +339,41 @@ class AvroDecoder:
             if field.name not in fields and contract.rule(field.name).nullable is not True:
                 msg = f"field `{field.name}` is missing, and the view does not tag it nullable"
                 raise _FieldError(Reason.MISSING_FIELD, field.name, msg)
-            node, get = fields.get(field.name, (Node("null"), lambda _: None))
+            given = fields.get(field.name, _Given(Node("null"), None))
             try:
-                form = form_of(node, dtype, field.type)
+                form = form_of(given.node, dtype, field.type)
             except AvroSchemaError as error:
                 msg = f"field `{field.name}`: {error}"
                 reason = Reason.BAD_TIMESTAMP if dtype == UnixTimestamp else Reason.WRONG_TYPE
                 raise _FieldError(reason, field.name, msg) from None
-            columns.append(Column(field.name, get, form, dtype == UnixTimestamp))
-        return Plan(schema, tuple(columns), skip_bytes)
+            is_moment = dtype == UnixTimestamp
+            columns.append(Column(field.name, given.source, given.resolve, given.default, form, is_moment))
+        return Plan(schema, tuple(columns), skip_bytes, is_flat(schema.root))
 
-    def _resolved(self, writer: Node) -> dict[str, tuple[Node, Convert]]:
-        """The fields that a writer's schema gives, by name: their type, and how to have a value from a record.
+    def _resolved(self, writer: Node) -> dict[str, _Given]:
+        """The fields that a writer's schema gives, by name.
 
         Of the view's own schema only the fields that are the view's columns are wanted.
         """
         if self._reader is None or self._reader.root == writer:
-            return {field.name: (field.node, _getter(field.name, None)) for field in writer.fields}
+            return {field.name: _Given(field.node, field.name) for field in writer.fields}
         written = {field.name: field for field in writer.fields}
-        found: dict[str, tuple[Node, Convert]] = {}
+        found: dict[str, _Given] = {}
         for field in self._reader.root.fields:
             if field.name not in self._contract.schema.names:
                 continue
             source = next((written[name] for name in (field.name, *field.aliases) if name in written), None)
             if source is None:
                 if field.default:
-                    found[field.name] = (field.node, _constant(field.default[0]))
+                    found[field.name] = _Given(field.node, None, default=field.default[0])
                 continue
             try:
                 node, convert = resolve(source.node, field.node)
             except AvroSchemaError as error:
                 msg = f"field `{field.name}`: {error}"
                 raise _FieldError(Reason.WRONG_TYPE, field.name, msg) from None
-            found[field.name] = (node, _getter(source.name, convert))
+            found[field.name] = _Given(node, source.name, convert)
         return found
-
-
-def _getter(name: str, convert: Convert | None) -> Convert:
-    if convert is None:
-        return itemgetter(name)
-    change: Convert = convert
-    return lambda record: change(record[name])
-
-
-def _constant(value: Any) -> Convert:
-    return lambda _: value
 
 
 def _schema_id(value: bytes) -> int | None:
@@ -337,17 +400,17 @@ def _table(plan: Plan, records: Sequence[Any]) -> tuple[pa.Table, dict[int, Reje
     arrays = []
     for column in plan.columns:
         try:
-            arrays.append(column.array(records))
+            arrays.append(column.of_records(records))
         except FAULTS:
-            arrays.append(_one_by_one(column, records, bad))
+            arrays.append(_cell_by_cell(column, records, bad))
     return pa.Table.from_arrays(arrays, [column.name for column in plan.columns]), bad
 
 
-def _one_by_one(column: Column, records: Sequence[Any], bad: dict[int, Reject]) -> pa.Array:
+def _cell_by_cell(column: Column, records: Sequence[Any], bad: dict[int, Reject]) -> pa.Array:
     parts = [pa.array([], column.form.arrow)]
     for row, record in enumerate(records):
         try:
-            parts.append(column.array([record]))
+            parts.append(column.of_records([record]))
         except FAULTS as error:
             reason = Reason.BAD_TIMESTAMP if column.is_time else Reason.WRONG_TYPE
             message = f"field `{column.name}`: {error}"[:_LONGEST_MESSAGE]

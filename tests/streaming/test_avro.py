@@ -298,18 +298,22 @@ def versions(draw: st.DrawFn) -> list[tuple[Schema, list[tuple[dict[str, Any], d
     return made
 
 
-@settings(deadline=None, max_examples=examples(150))
+@pytest.mark.parametrize("fewest", [0, 100])
+@settings(deadline=None, max_examples=examples(40))
 @given(versions(), st.randoms(use_true_random=False))
 def test_every_type_null_and_version_is_what_was_written(
-    registry_server: SchemaRegistryServer, drawn: Any, chance: Any
+    registry_server: SchemaRegistryServer, fewest: int, drawn: Any, chance: Any
 ) -> None:
+    """Whether records that may be read together are, or not."""
     decoder = AvroDecoder(EVERY, SchemaRegistry(registry_server.url))
     records: list[tuple[bytes | None, Any]] = [(None, None)]
     for schema, values in drawn:
         number = registry_server.register(schema)
         records += [(written(schema, value, number), expected) for value, expected in values]
     chance.shuffle(records)
-    rows, rejects, skipped = judge(EVERY, decoder, [value for value, _ in records])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(avro, "FEWEST", fewest)
+        rows, rejects, skipped = judge(EVERY, decoder, [value for value, _ in records])
     assert rejects == {}
     assert skipped == [index for index, (value, _) in enumerate(records) if value is None]
     assert rows == {index: expected for index, (value, expected) in enumerate(records) if value is not None}
@@ -337,7 +341,7 @@ RESOLVED: dict[str, tuple[list[Any], list[Any]]] = {
 SAMPLES = {"n": 7, "l": 2**40, "t": "t", "b": b"b", "e": "C", "a": [1, 2], "m": {"k": 1}, "r": {"x": 1, "gone": "g"}}
 
 
-@settings(deadline=None, max_examples=examples(100))
+@settings(deadline=None, max_examples=examples(60))
 @given(st.data())
 def test_schemas_resolve_as_fastavro_resolves_them(data: st.DataObject) -> None:
     """Its own is not used, for it skips fields without noticing the end of a record; on good records it is right."""
@@ -401,6 +405,62 @@ def test_a_plain_long_is_a_time_if_the_view_s_schema_says_so(server: SchemaRegis
     untold = contract({"note": NOTE})
     _, rejects, _ = judge(untold, AvroDecoder(untold, SchemaRegistry(server.url)), [value])
     assert rejects == {0: (Reason.BAD_TIMESTAMP, "at")}
+
+
+FLAT = event_schema(
+    ("n", ["null", "int"]),
+    ("l", ["long", "null"]),
+    ("f", "float"),
+    ("d", ["null", "double"]),
+    ("yes", "boolean"),
+    ("text", ["null", "string"]),
+    ("raw", "bytes"),
+    ("fixed", {"type": "fixed", "name": "F", "size": 3}),
+    ("kind", ["null", {"type": "enum", "name": "K", "symbols": ["A", "B", "C"]}]),
+)
+FLAT_TYPES: dict[str, FeastType] = {
+    "n": Int64, "l": Int64, "f": Float64, "d": Float64, "yes": Bool, "text": String, "raw": Bytes, "fixed": Bytes,
+    "kind": String,
+}  # fmt: skip
+FLAT_VIEW = contract({name: Field(name=name, dtype=dtype, tags=OPTIONAL) for name, dtype in FLAT_TYPES.items()}, FLAT)
+FLAT_VALUES = st.fixed_dictionaries(
+    {
+        "id": INT64,
+        "n": st.none() | INT32,
+        "l": st.none() | INT64,
+        "f": FLOAT32,
+        "d": st.none() | FLOAT64,
+        "yes": st.booleans(),
+        "text": st.none() | TEXT,
+        "raw": st.binary(max_size=8) | st.just(b"long" * 200),
+        "fixed": st.binary(min_size=3, max_size=3),
+        "kind": st.none() | st.sampled_from("ABC"),
+        "at": MOMENTS,
+        "made": st.none() | MOMENTS,
+    }
+)
+
+
+@settings(deadline=None, max_examples=examples(60))
+@given(st.data())
+def test_records_read_together_are_what_they_are_when_read_alone(data: st.DataObject) -> None:
+    """Good ones, good ones with other bytes in them, cut ones, and any bytes."""
+    good = [written(FLAT, value) for value in data.draw(st.lists(FLAT_VALUES, min_size=1, max_size=5))]
+    base = st.sampled_from(good)
+    changed = st.builds(
+        lambda value, where, other: value[: where % len(value)] + other + value[where % len(value) + len(other) :],
+        base,
+        st.integers(0, 100),
+        st.binary(min_size=1, max_size=3),
+    )
+    cut = st.builds(lambda value, size: value[: size % len(value)], base, st.integers(0, 100))
+    values = data.draw(st.lists(base | changed | cut | st.binary(max_size=20), max_size=10))
+    decoder = AvroDecoder(FLAT_VIEW, None)
+    alone = judge(FLAT_VIEW, decoder, values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(avro, "FEWEST", 0)
+        together = judge(FLAT_VIEW, decoder, values)
+    assert repr(together) == repr(alone)  # NaN is not itself
 
 
 # -- hostile bytes -----------------------------------------------------------------------------------------------------
@@ -485,14 +545,14 @@ def test_every_beginning_of_a_record_is_a_fault() -> None:
     assert set(rejects.values()) == {(Reason.UNDECODABLE, None)}
 
 
-@settings(deadline=None, max_examples=examples(200))
+@settings(deadline=None, max_examples=examples(60))
 @given(st.lists(st.none() | st.binary(max_size=60) | st.just(GOOD)))
 def test_no_bytes_raise_and_every_record_has_one_outcome(values: list[bytes | None]) -> None:
     rows, rejects, skipped = judge(RICH_VIEW, AvroDecoder(RICH_VIEW, None), values)
     assert sorted([*rows, *rejects, *skipped]) == list(range(len(values)))
 
 
-@settings(deadline=None, max_examples=examples(300))
+@settings(deadline=None, max_examples=examples(100))
 @given(st.integers(0, len(GOOD) - 1), st.binary(max_size=12))
 def test_a_good_record_with_other_bytes_in_it_does_not_raise(where: int, other: bytes) -> None:
     value = GOOD[:where] + other + GOOD[where + len(other) :]
