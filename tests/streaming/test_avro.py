@@ -44,6 +44,7 @@ from headrace.contract import ViewContract
 from headrace.errors import ConfigError, TransientError
 from streaming import avro
 from streaming.avro import AvroDecoder
+from streaming.avro_flat import FlatReader
 from streaming.avro_schema import AvroSchemaError, read_schema, resolve
 from streaming.formats import decoder_of
 from streaming.schema_registry import RegistryError, SchemaRegistry, UnknownSchemaError
@@ -461,6 +462,25 @@ def test_records_read_together_are_what_they_are_when_read_alone(data: st.DataOb
         patch.setattr(avro, "FEWEST", 0)
         together = judge(FLAT_VIEW, decoder, values)
     assert repr(together) == repr(alone)  # NaN is not itself
+
+
+@pytest.mark.parametrize(
+    ("schema", "values", "good"),
+    [
+        ("long", [b"\x80", b"\x02", b"\x80"], [False, True, False]),  # what follows would end the first
+        ("double", [b"1234", b"12345678"], [False, True]),
+        ("string", [b"\x04a", b"\x04ab", b"\x04\xff\xff", b"\x01"], [False, True, False, False]),
+        ("bytes", [b"\x04a", b"\x04ab", b"\x80\x80\x80\x80\x80\x80\x01"], [False, True, False]),
+        ({"type": "enum", "name": "E", "symbols": ["A"]}, [b"\x02", b"\x00", b"\x01"], [False, True, False]),
+        (["null", "long"], [b"\x02", b"\x02\x02", b"\x00", b"\x04\x02", b"\x01"], [False, True, True, False, False]),
+        ("boolean", [b"", b"\x01", b"\x01\x00"], [False, True, False]),
+    ],
+)
+def test_a_record_read_together_with_others_ends_where_it_ends(
+    schema: Any, values: list[bytes], good: list[bool]
+) -> None:
+    _, found = FlatReader(read_schema(json.dumps(record(("a", schema)))).root, values, 0).read()
+    assert found.tolist() == good
 
 
 # -- hostile bytes -----------------------------------------------------------------------------------------------------
