@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 
 from headrace.contract import ViewContract
 from headrace.errors import ConfigError
-from streaming.avro import AvroDecoder
+from streaming.avro import AvroDecoder, NotYetKnownError
 from streaming.decode import Decoded, JsonDecoder
 from streaming.schema_registry import SchemaRegistry
 
@@ -36,6 +37,19 @@ def decoder_of(contract: ViewContract, registry: SchemaRegistry | None) -> Decod
         )
     msg += "expected JsonFormat or AvroFormat: send one of these, or convert the topic before the stream reads it"
     raise ConfigError(msg)
+
+
+def patiently(decoder: Decoder) -> Decoder:
+    """A decoder that waits by itself, for the seconds that it takes, until a registry's "unknown" is certain."""
+
+    def decode(values: Sequence[bytes | None]) -> Decoded:
+        while True:
+            try:
+                return decoder(values)
+            except NotYetKnownError:
+                time.sleep(0.2)
+
+    return decode
 
 
 def bytes_format(contract: ViewContract, registry: SchemaRegistry | None) -> str:

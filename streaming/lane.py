@@ -338,7 +338,7 @@ class Lane:
                     break
                 piece = self._inbox.get_nowait()
             if pieces:
-                # A decoder may have to ask a schema registry. Counting is last in it, so that a repeat does no harm.
+                # A decoder may have to ask a schema registry. It counts nothing before that, so a repeat does no harm.
                 batch = await self._insist("decode", self._pools.decode, partial(self._decode, pieces), count)
                 if self._share.fault is not None and self._settings.dead_letter_stop:
                     msg = f"{self._share.fault}; HEADRACE_DEAD_LETTER_STOP=true: nothing of this batch was written"

@@ -20,9 +20,8 @@ from feast.data_format import AvroFormat, JsonFormat, ProtoFormat
 from headrace.conform import Reason, conform
 from headrace.errors import ConfigError
 from headrace.repository import open_store
-from streaming.avro import NotYetKnownError
 from streaming.emit import Maker, Plan, _encoding
-from streaming.formats import decoder_of
+from streaming.formats import decoder_of, patiently
 from streaming.schema_registry import RegistryError
 from streaming.settings import schema_registry
 from streaming.worker import check
@@ -201,15 +200,8 @@ def test_emitted_events_are_what_they_say(
             500, datetime.now(UTC)
         )
     )
-    decode = decoder_of(view.contract, schema_registry(config.settings))
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            decoded = decode([event.value for event in made])
-            break
-        except NotYetKnownError:  # which a lane takes as a reason to ask again
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+    decode = patiently(decoder_of(view.contract, schema_registry(config.settings)))
+    decoded = decode([event.value for event in made])
     done = conform(view.contract, decoded.table, now_us=time.time_ns() // 1000, max_future_us=300_000_000)
     good = [index for index, event in enumerate(made) if event.fault is None]
     assert decoded.rows[done.rows].tolist() == good
