@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -32,8 +33,9 @@ class StreamSettings(SecuritySettings):
         broker: `host:port`, several separated by commas; overrides what the views say.
         broker_timeout_seconds: how long to wait for the broker at start.
         schema_registry_url: where the API of a schema registry begins; with it every Avro record is framed with the id
-            of its schema, without it none is. Its certificate is checked by `tls_ca_file`.
+            of its schema, without it none is.
         schema_registry_username, schema_registry_password: how to log in there.
+        schema_registry_ca_file: PEM, who may have signed its certificate; the system's own authorities without it.
         session_seconds: the group's session timeout: how long a dead worker keeps its partitions.
         append_seconds, append_rows, append_bytes: an append gathers slices until it is so old, or so large.
         slice_records: the most records decoded in one go.
@@ -58,6 +60,7 @@ class StreamSettings(SecuritySettings):
     schema_registry_url: str = ""
     schema_registry_username: str | None = None
     schema_registry_password: SecretStr | None = None
+    schema_registry_ca_file: Path | None = None
     session_seconds: float = Field(default=30.0, ge=1, le=60)
     append_seconds: float = Field(default=5.0, gt=0)
     append_rows: int = Field(default=500_000, gt=0)
@@ -78,6 +81,11 @@ class StreamSettings(SecuritySettings):
     log_format: Literal["text", "json"] = "text"
     web_host: str = "127.0.0.1"
     web_port: int = Field(default=6066, ge=1, le=65_535)
+
+    @field_validator("schema_registry_ca_file")
+    @classmethod
+    def _has_authorities(cls, file: Path | None) -> Path | None:
+        return cls._has_certificates(file)
 
     @field_validator("schema_registry_url")
     @classmethod
@@ -189,7 +197,7 @@ def schema_registry(settings: StreamSettings) -> SchemaRegistry | None:
         settings.schema_registry_url,
         username=username,
         password=password.get_secret_value() if password is not None else None,
-        ca_file=settings.tls_ca_file,
+        ca_file=settings.schema_registry_ca_file,
         timeout_s=settings.broker_timeout_seconds,
     )
 
