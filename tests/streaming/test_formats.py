@@ -269,9 +269,15 @@ def test_views_of_one_topic_read_the_same_bytes(feature_repo_copy: RepositoryFac
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
-        ({"url": "registry:8081"}, "HEADRACE_SCHEMA_REGISTRY_URL: Value error, expected http://host:port"),
+        (
+            {"url": "registry:8081"},
+            "HEADRACE_SCHEMA_REGISTRY_URL (environment): Value error, expected http://host:port",
+        ),
         ({"url": "http://me:secret-word@registry"}, "has a login in it"),
-        ({"url": "https://registry", "ca_file": "/nowhere/ca.pem"}, "HEADRACE_SCHEMA_REGISTRY_CA_FILE: Value error"),
+        (
+            {"url": "https://registry", "ca_file": "/nowhere/ca.pem"},
+            "HEADRACE_SCHEMA_REGISTRY_CA_FILE (environment): Value error, /nowhere/ca.pem",
+        ),
         ({"url": "http://registry", "username": "me"}, "are set only together"),
         ({"url": "http://registry", "password": "secret-word"}, "are set only together"),
     ],
