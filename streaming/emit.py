@@ -19,9 +19,10 @@ from confluent_kafka import KafkaError, Producer
 
 from headrace.contract import Rule, ViewContract
 from headrace.errors import ConfigError, TransientError
+from streaming.avro_encode import AvroEncoder, registered_schema
 from streaming.broker import Broker, client_config
 from streaming.security import is_loopback
-from streaming.settings import StreamConfig, View
+from streaming.settings import StreamConfig, View, schema_registry
 
 CHUNK = 1000
 LONGEST_LATE = timedelta(days=3)
@@ -30,6 +31,14 @@ _FLUSH_S = 30.0
 
 Event = dict[str, Any]
 Fault = Callable[["Maker", Event], bytes]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A message format: how an event becomes bytes, and the kinds of fault that an event can have in it."""
+
+    encode: Callable[[Any], bytes]
+    faults: Mapping[str, Fault]
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,9 @@ class Maker:
         ConfigError: two views want a field of the same name in different types.
     """
 
-    def __init__(self, contracts: Sequence[ViewContract], plan: Plan) -> None:
+    def __init__(self, contracts: Sequence[ViewContract], plan: Plan, encoding: Encoding | None = None) -> None:
         self.contracts = contracts
+        encoding = encoding or Encoding(_json, FAULTS)
         self._plan = plan
         self._random = np.random.default_rng(plan.seed)
         self._columns: dict[str, tuple[pa.Field, Rule]] = {}
@@ -90,10 +100,10 @@ class Maker:
         self.times = [n for c in contracts for n in (c.timestamp_field, c.created_field) if n is not None]
         self.event_time = contracts[0].timestamp_field
         self._join_keys = list(contracts[0].join_keys)
-        self._encode = msgspec.json.Encoder().encode
+        self._encode = encoding.encode
         without = set() if self.numeric() else {"wrong_type"}
         without |= set() if self.bounded() else {"out_of_range"}
-        self.faults = {kind: fault for kind, fault in FAULTS.items() if kind not in without}
+        self.faults = {kind: fault for kind, fault in encoding.faults.items() if kind not in without}
 
     def make(self, count: int, now: datetime) -> Iterator[Made]:
         """Make events; time features are at most 60 s before now, those of late events up to three days."""
@@ -117,7 +127,7 @@ class Maker:
             event.update((name, values[index]) for name, values in columns.items())
             event.update((name, _text(now)) for name in self.times)
             event[self.event_time] = _text(now - delay)
-            key = self._encode([event[name] for name in self._join_keys])
+            key = _json([event[name] for name in self._join_keys])
             if bad[index]:
                 kind = names[kinds[index]]
                 yield Made(key, self.faults[kind](self, event), kind, is_late=False, is_doubled=doubled[index])
@@ -125,7 +135,7 @@ class Maker:
                 yield Made(key, self._encode(event), None, is_late=is_late, is_doubled=doubled[index])
 
     def encode(self, event: Event) -> bytes:
-        """An event as JSON."""
+        """An event in the format of the topic."""
         return self._encode(event)
 
     def required(self) -> list[str]:
@@ -193,7 +203,7 @@ def emit(config: StreamConfig, plan: Plan, *, view: str | None, anywhere: bool) 
     if topic not in Broker(config).partitions():
         msg = f"broker {config.bootstrap} has no topic `{topic}`; create it first"
         raise ConfigError(msg)
-    maker = Maker([v.contract for v in views], plan)
+    maker = Maker([v.contract for v in views], plan, _encoding(config, topic, views))
     sender = Sender(config, topic)
     bad: Counter[str] = Counter()
     late = doubled = 0
@@ -329,6 +339,28 @@ def _chosen(config: StreamConfig, view: str | None) -> tuple[str, tuple[View, ..
     return next(iter(config.views.items()))
 
 
+def _encoding(config: StreamConfig, topic: str, views: tuple[View, ...]) -> Encoding:
+    """The format of a topic's records; with a schema registry, the latest schema of its subject there."""
+    contract = views[0].contract
+    if contract.message_format != "avro":
+        return Encoding(_json, FAULTS)
+    registry = schema_registry(config.settings)
+    if registry is None:
+        where = f"feature view `{contract.name}`: the schema_json of its AvroFormat"
+        encoder = AvroEncoder(where, contract.message_schema or "")
+    else:
+        found = registered_schema(registry, topic)
+        where = f"{registry.url}, schema id {found.id}"
+        encoder = AvroEncoder(where, found.text, found.references, found.id)
+    faults = dict(AVRO_FAULTS)
+    needed = [*contract.join_keys, contract.timestamp_field]
+    if encoder.nullable().issuperset(needed):
+        faults["null"] = _null
+    if encoder.is_framed:
+        faults["unknown_schema"] = _unknown_schema
+    return Encoding(encoder, faults)
+
+
 def _entity(field: pa.Field, number: int) -> Any:
     """The number-th entity, as a value of a join key."""
     if pa.types.is_integer(field.type):
@@ -356,6 +388,9 @@ def _number(text: str, kind: pa.DataType) -> Any:
     if pa.types.is_integer(kind):
         return int(text)
     return float(text) if pa.types.is_floating(kind) else text
+
+
+_json = msgspec.json.Encoder().encode
 
 
 def _text(moment: datetime) -> str:
@@ -419,4 +454,25 @@ FAULTS: Mapping[str, Fault] = {
     "epoch_milliseconds": _epoch_milliseconds,
     "future": _future,
 }
-"""Every kind of bad event, by name."""
+"""Every kind of bad event in JSON, by name."""
+
+
+def _cut(maker: Maker, event: Event) -> bytes:
+    return maker.encode(event)[:-1]
+
+
+def _more_bytes(maker: Maker, event: Event) -> bytes:
+    return maker.encode(event) + b"\0"
+
+
+def _unknown_schema(maker: Maker, event: Event) -> bytes:
+    return b"\0\xff\xff\xff\xff" + maker.encode(event)[5:]
+
+
+AVRO_FAULTS: Mapping[str, Fault] = {
+    "cut": _cut,
+    "more_bytes": _more_bytes,
+    "out_of_range": _out_of_range,
+    "future": _future,
+}
+"""The kinds of bad event that any Avro schema allows; `null` and `unknown_schema` are where they can be."""

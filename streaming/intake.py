@@ -30,7 +30,7 @@ from headrace.online import server_ids, write_online
 from headrace.repository import open_store
 from streaming.broker import Broker, Log, client_config
 from streaming.deadletters import DeadLetterWriter, Letter
-from streaming.decode import JsonDecoder
+from streaming.formats import decoder_of
 from streaming.health import Fault, Health, Kind
 from streaming.lane import (
     SERVERS_AGE_S,
@@ -42,7 +42,7 @@ from streaming.lane import (
     TopicReplacedError,
     replaced,
 )
-from streaming.settings import StreamConfig, View
+from streaming.settings import StreamConfig, View, schema_registry
 from streaming.share import DeadLetterShareError, LetterShare
 from streaming.slices import Position, Slice, TopicPartition
 
@@ -176,8 +176,9 @@ class StreamIntake:
         self._ending = asyncio.Lock()
         self._runs: dict[TopicPartition, Run] = {}
         self._committed: dict[TopicPartition, int] = {}
+        registry = schema_registry(config.settings)
         self._decoders = {
-            view.contract.name: JsonDecoder(view.contract) for views in config.views.values() for view in views
+            view.contract.name: decoder_of(view.contract, registry) for views in config.views.values() for view in views
         }
         self._stopped: dict[tuple[str, str], str] = {}
         self._passing: set[tuple[str, str]] = set()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from headrace.conform import Reject, Rows, conform
-from streaming.decode import JsonDecoder
+from streaming.formats import Decoder
 from streaming.settings import View
 
 
@@ -30,8 +30,12 @@ class Judged:
     skipped: int
 
 
-def judge(view: View, decoder: JsonDecoder, values: Sequence[bytes | None], max_skew_seconds: float) -> Judged:
-    """Judge the values of records. Pure but for the clock; never raises for what is in them."""
+def judge(view: View, decoder: Decoder, values: Sequence[bytes | None], max_skew_seconds: float) -> Judged:
+    """Judge the values of records. Pure but for the clock and what the decoder asks; never raises for what they hold.
+
+    Raises:
+        TransientError: as the decoder raises it.
+    """
     decoded = decoder(values)
     conformed = conform(
         view.contract,

@@ -31,7 +31,7 @@ from headrace.chains import StreamEnd, StreamLedger
 from headrace.conform import Reject
 from headrace.errors import LostRaceError, TerminalError
 from streaming.deadletters import Letter
-from streaming.decode import JsonDecoder
+from streaming.formats import Decoder
 from streaming.health import OFFLINE, ONLINE, Health
 from streaming.judgement import judge
 from streaming.settings import StreamSettings, View
@@ -214,7 +214,7 @@ class Lane:
         start: StreamEnd,
         topic_id: str | None,
         ledger: StreamLedger,
-        decoder: JsonDecoder,
+        decoder: Decoder,
         stores: Stores,
         pools: Pools,
         budget: Budget,
@@ -338,7 +338,8 @@ class Lane:
                     break
                 piece = self._inbox.get_nowait()
             if pieces:
-                batch = await self._timed("decode", self._pools.decode, partial(self._decode, pieces), count)
+                # A decoder may have to ask a schema registry. It counts nothing before that, so a repeat does no harm.
+                batch = await self._insist("decode", self._pools.decode, partial(self._decode, pieces), count)
                 if self._share.fault is not None and self._settings.dead_letter_stop:
                     msg = f"{self._share.fault}; HEADRACE_DEAD_LETTER_STOP=true: nothing of this batch was written"
                     raise DeadLetterShareError(msg)
@@ -457,7 +458,7 @@ class Lane:
         )
 
     def _decode(self, pieces: list[Slice]) -> Batch:
-        """Slices that follow each other to columns. Pure but for the clock."""
+        """Slices that follow each other to columns. Pure but for the clock and what a schema registry says."""
         records: list[Record] = [record for piece in pieces for record in piece.records]
         values = [record.value for record in records]
         judged = judge(self.view, self._decoder, values, self._settings.max_skew_seconds)

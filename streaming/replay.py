@@ -23,10 +23,10 @@ from headrace.materialize import apply_newest
 from headrace.online import write_online
 from headrace.replays import Origins, ReplayLedger
 from headrace.repository import open_store
-from streaming.decode import JsonDecoder
+from streaming.formats import decoder_of, patiently
 from streaming.judgement import judge
 from streaming.letters import Choice, StoredLetter, read
-from streaming.settings import StreamConfig, View
+from streaming.settings import StreamConfig, View, schema_registry
 
 CUT = "cut"
 OTHER_TOPIC = "other_topic_id"
@@ -110,7 +110,7 @@ class _ViewReplay:
     ) -> None:
         self._view, self._store, self._outcome, self._dry_run = view, store, outcome, dry_run
         self._max_skew_seconds = config.settings.max_skew_seconds
-        self._decoder = JsonDecoder(view.contract)
+        self._decoder = patiently(decoder_of(view.contract, schema_registry(config.settings)))
         self._ledger = ReplayLedger(view.contract, topic)
         self._seen: set[tuple[int, int, int]] = set()
         self._catch_up()

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from feast import FeatureStore
-from pydantic import Field
+from pydantic import Field, SecretStr, field_validator
 
 from headrace.contract import Transform, ViewContract, load_transform
 from headrace.errors import ConfigError
 from headrace.repository import contracts, open_store
 from headrace.settings import load
+from streaming.formats import bytes_format, decoder_of
+from streaming.schema_registry import SchemaRegistry
 from streaming.security import SecuritySettings
 
 MEBIBYTE = 1 << 20
@@ -28,6 +32,10 @@ class StreamSettings(SecuritySettings):
     Attributes:
         broker: `host:port`, several separated by commas; overrides what the views say.
         broker_timeout_seconds: how long to wait for the broker at start.
+        schema_registry_url: where the API of a schema registry begins; with it every Avro record is framed with the id
+            of its schema, without it none is.
+        schema_registry_username, schema_registry_password: how to log in there.
+        schema_registry_ca_file: PEM, who may have signed its certificate; the system's own authorities without it.
         session_seconds: the group's session timeout: how long a dead worker keeps its partitions.
         append_seconds, append_rows, append_bytes: an append gathers slices until it is so old, or so large.
         slice_records: the most records decoded in one go.
@@ -49,6 +57,10 @@ class StreamSettings(SecuritySettings):
 
     broker: str = ""
     broker_timeout_seconds: float = Field(default=10.0, gt=0, le=60)
+    schema_registry_url: str = ""
+    schema_registry_username: str | None = None
+    schema_registry_password: SecretStr | None = None
+    schema_registry_ca_file: Path | None = None
     session_seconds: float = Field(default=30.0, ge=1, le=60)
     append_seconds: float = Field(default=5.0, gt=0)
     append_rows: int = Field(default=500_000, gt=0)
@@ -69,6 +81,24 @@ class StreamSettings(SecuritySettings):
     log_format: Literal["text", "json"] = "text"
     web_host: str = "127.0.0.1"
     web_port: int = Field(default=6066, ge=1, le=65_535)
+
+    @field_validator("schema_registry_ca_file")
+    @classmethod
+    def _has_authorities(cls, file: Path | None) -> Path | None:
+        return cls._has_certificates(file)
+
+    @field_validator("schema_registry_url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if url and (parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment):
+            raise ValueError("expected http://host:port or https://host:port, with a path if there is one")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError(
+                "has a login in it, which logs would show; use HEADRACE_SCHEMA_REGISTRY_USERNAME and "
+                "HEADRACE_SCHEMA_REGISTRY_PASSWORD"
+            )
+        return url
 
 
 @dataclass(frozen=True)
@@ -134,13 +164,7 @@ def read_config(settings: StreamSettings | None = None) -> StreamConfig:
     if not served:
         msg = f"no feature view of {settings.feature_repo} has a KafkaSource; the stream has nothing to read"
         raise ConfigError(msg)
-    for contract in served:
-        if contract.message_format not in (None, "json"):
-            msg = (
-                f"feature view `{contract.name}`: its KafkaSource has the message format "
-                f"`{contract.message_format}`; expected JsonFormat"
-            )
-            raise ConfigError(msg)
+    _check_formats(served, schema_registry(settings))
     views: dict[str, list[View]] = {}
     for contract in served:
         view = View(contract, load_transform(contract, settings.feature_repo))
@@ -152,6 +176,44 @@ def read_config(settings: StreamSettings | None = None) -> StreamConfig:
         servers=_servers(settings, served),
         group=group_of(store.project, [contract.name for contract in served]),
     )
+
+
+def schema_registry(settings: StreamSettings) -> SchemaRegistry | None:
+    """The schema registry of the settings; None without one. Connects to nothing yet.
+
+    Raises:
+        ConfigError: half a login.
+    """
+    if not settings.schema_registry_url:
+        return None
+    username, password = settings.schema_registry_username, settings.schema_registry_password
+    if (username is None) != (password is None):
+        msg = (
+            "HEADRACE_SCHEMA_REGISTRY_USERNAME and HEADRACE_SCHEMA_REGISTRY_PASSWORD are set only together; "
+            "set both, or neither"
+        )
+        raise ConfigError(msg)
+    return SchemaRegistry(
+        settings.schema_registry_url,
+        username=username,
+        password=password.get_secret_value() if password is not None else None,
+        ca_file=settings.schema_registry_ca_file,
+        timeout_s=settings.broker_timeout_seconds,
+    )
+
+
+def _check_formats(served: list[ViewContract], registry: SchemaRegistry | None) -> None:
+    """Every view's format must be served, and be that of the other views of its topic."""
+    formats: dict[str | None, ViewContract] = {}
+    for contract in served:
+        decoder_of(contract, registry)
+        other = formats.setdefault(contract.topic, contract)
+        if bytes_format(other, registry) != bytes_format(contract, registry):
+            msg = (
+                f"topic `{contract.topic}`: the feature views `{other.name}` and `{contract.name}` read the same "
+                "records, but their KafkaSources have different message formats or schemas; declare the same for both"
+            )
+            raise ConfigError(msg)
 
 
 def _servers(settings: StreamSettings, served: list[ViewContract]) -> tuple[str, ...]:

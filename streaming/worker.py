@@ -26,7 +26,7 @@ from streaming.health import OFFLINE, ONLINE, Fault, Health, Kind
 from streaming.intake import StreamIntake
 from streaming.logs import QUIET, set_up, silence_hosts
 from streaming.security import faust_credentials, keep_logins_out_of_logs, warnings
-from streaming.settings import StreamConfig, read_config
+from streaming.settings import StreamConfig, read_config, schema_registry
 from streaming.transport import BulkSchema, BulkTransport
 
 try:
@@ -244,6 +244,11 @@ def check(config: StreamConfig, *, web: bool, host: str, port: int) -> None:
     for topic in config.views:
         if topic_of(topic) not in present:
             broker.create_topic(topic_of(topic), present[topic])
+    registry = schema_registry(config.settings)
+    if registry is not None and any(
+        view.contract.message_format == "avro" for vs in config.views.values() for view in vs
+    ):
+        registry.check()
     store = open_store(config.settings.feature_repo)
     try:
         server_ids(store)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 from feast import KafkaSource
+from feast.data_format import StreamFormat
 
 from headrace.repository import open_store
 from tests.conftest import RepositoryFactory, TopicFactory
@@ -76,6 +77,15 @@ def read_from(repo: Path, broker: str, topic: str) -> None:
     assert isinstance(view.stream_source, KafkaSource)
     view.stream_source.kafka_options.topic = topic
     view.stream_source.kafka_options.kafka_bootstrap_servers = broker
+    store.apply([view])
+
+
+def set_format(repo: Path, message_format: StreamFormat) -> None:
+    """Let the view of an applied repository have another message format."""
+    store = open_store(repo)
+    view = store.get_feature_view("driver_stats")
+    assert isinstance(view.stream_source, KafkaSource)
+    view.stream_source.kafka_options.message_format = message_format
     store.apply([view])
 
 

@@ -10,7 +10,7 @@ import math
 import struct
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,7 +132,13 @@ def _headers(message: Any) -> list[tuple[Any, Any]]:
     return list(message.headers() or [])
 
 
-def judge(messages: list[Message], *, now: datetime | None = None, max_skew_s: float = 300.0) -> Truth:
+Decode = Callable[[bytes], Any]
+"""A record's value to the event in it, as JSON has it; raises ValueError if it is none."""
+
+
+def judge(
+    messages: list[Message], *, now: datetime | None = None, max_skew_s: float = 300.0, decode: Decode = json.loads
+) -> Truth:
     """Decide on each record by the rules of `driver_stats`, written out."""
     truth = Truth()
     latest = (now or datetime.now(UTC)).timestamp() + max_skew_s
@@ -141,7 +147,7 @@ def judge(messages: list[Message], *, now: datetime | None = None, max_skew_s: f
         if message.value is None:
             truth.skipped.add(origin)
             continue
-        row = _row(message.value, latest)
+        row = _row(message.value, latest, decode)
         if row is None:
             truth.bad.add(origin)
         else:
@@ -149,9 +155,9 @@ def judge(messages: list[Message], *, now: datetime | None = None, max_skew_s: f
     return truth
 
 
-def _row(value: bytes, latest_s: float) -> tuple[Any, ...] | None:
+def _row(value: bytes, latest_s: float, decode: Decode) -> tuple[Any, ...] | None:
     try:
-        event = json.loads(value)
+        event = decode(value)
         if not isinstance(event, dict):
             return None
         trips, key = event["avg_daily_trips"], event[KEY]
@@ -252,7 +258,12 @@ def read_online(repo: Path, keys: list[int]) -> dict[int, tuple[Any, ...]]:
 
 
 def verify(
-    broker: str, topic: str, repo: Path, *, seen: Mapping[int, Sequence[tuple[Any, ...]]] | None = None
+    broker: str,
+    topic: str,
+    repo: Path,
+    *,
+    seen: Mapping[int, Sequence[tuple[Any, ...]]] | None = None,
+    decode: Decode = json.loads,
 ) -> dict[str, int]:
     """Compare both stores and the dead letters with the truth, and return counts.
 
@@ -263,7 +274,7 @@ def verify(
         AssertionError: an event is lost, doubled, wrong, or not newest.
     """
     messages = read_topic(broker, topic)
-    truth = judge(messages)
+    truth = judge(messages, decode=decode)
     offline = read_offline(contract_of(repo), topic)
     assert not offline.doubled, f"doubled offline: {offline.doubled[:5]}"
     lost = truth.accepted.keys() - offline.rows.keys()
