@@ -165,11 +165,11 @@ def produce(address: str, load: Load, partitions: Sequence[int]) -> int:
     return size
 
 
-def send(target: Producer, topic: str, value: bytes, key: bytes, partition: int) -> None:
+def send(target: Producer, topic: str, value: bytes, key: bytes, partition: int, **more: Any) -> None:
     """Produce one event, waiting while the producer's queue is full."""
     while True:
         try:
-            target.produce(topic, value, key=key, partition=partition)
+            target.produce(topic, value, key=key, partition=partition, **more)
         except BufferError:
             target.poll(0.1)
         else:

@@ -31,7 +31,7 @@ import redis
 
 from benchmarks import stream_peers as peers
 from benchmarks.drain import Drained, Repository, drain, worker
-from benchmarks.events import DRIVERS, SHAPES, WIDE, Load, Truth, truth
+from benchmarks.events import DRIVERS, PARTITIONS, SHAPES, WIDE, Load, Truth, truth
 from benchmarks.measure import (
     MEBIBYTE,
     MILLION,
@@ -58,10 +58,10 @@ SAMPLES = 500
 LEAST = 10_000
 """The fewest events of a load, at whatever scale."""
 
-WARM_UP_S, STEADY_S = 3.0, 30.0
+WARM_UP_S, STEADY_S = 5.0, 30.0
 PROBES_A_SECOND = 20
 STEADY_TIMEOUT_S = 120.0
-STEADY_BOUND_S = 0.1
+BOUND_RATE, STEADY_BOUND_S = 10_000, 0.1
 LATE_S = 0.1
 """A producer that is later than this with its events does not keep its rate."""
 
@@ -208,61 +208,69 @@ def backlogs(bench: Bench, names: Sequence[str]) -> list[Row]:
 
 def steady(bench: Bench, name: str, *, rate: int) -> list[Row]:
     """A steady load, and how long it takes until an event can be read."""
-    topic = f"steady-{rate}"
-    bench.kafka.create_topic(topic, partitions=4)
-    bench.empty_valkey()
-    place = bench.place()
-    repo = Repository(place / "repo", topic, DRIVERS, bench.valkey.address)
     length_s = WARM_UP_S + max(STEADY_S * bench.scale, 5.0)
     # At random within its share of time, so that probes keep no step with fetches, ticks or appends.
     random = np.random.default_rng(rate)
     number = int((length_s - 1) * PROBES_A_SECOND)
     probes = ((np.arange(number) + random.random(number)) / PROBES_A_SECOND).tolist()
-    common = {"folder": str(repo.folder), "view": DRIVERS.name}
+    source, online, offline = observe(bench, name, rate, length_s, probes)
+    acked, fresh, durable = (
+        latencies(source["made"], probes, seen) for seen in (source["acked"], online["seen"], offline["seen"])
+    )
+    look, listing = (milliseconds(median(answer["costs"])) for answer in (online, offline))
+    late_s = source["latest_s"]
+    bench.say(
+        f"{name}: {len(fresh)} probes; acknowledged {spread(acked)}, online {spread(fresh)}, offline {spread(durable)}; "
+        f"a look online takes {look}, a listing {listing}; the producer was up to {milliseconds(late_s)} late"
+    )
+    behind = "" if late_s <= LATE_S else f" (the producer was up to {seconds(late_s)} late)"
+    what = f"{rate:,} events/s for {length_s - WARM_UP_S:.0f} s{behind}, from `produce()` until"
+    is_met = float(np.quantile(fresh, 0.99)) < STEADY_BOUND_S
+    bound, met = ("p99 < 100 ms", is_met) if rate == BOUND_RATE else ("", None)
+    return [
+        Row(f"{what} the broker has acknowledged it", spread(acked)),
+        Row(f"{what} `get_online_features` has it", spread(fresh), "", bound, met),
+        Row(f"{what} a valid file has it", spread(durable)),
+    ]
+
+
+def observe(bench: Bench, name: str, rate: int, length_s: float, probes: list[float]) -> list[Answer]:
+    """What producer, online reader and offline reader tell of a load of so many seconds, all of it checked.
+
+    Raises:
+        MeasureError: something was not stored, or wrongly.
+    """
+    topic = bench.kafka.create_topic(name, partitions=PARTITIONS)
+    bench.empty_valkey()
+    place = bench.place()
+    repo = Repository(place / "repo", topic, DRIVERS, bench.valkey.address)
+    load = {"address": bench.kafka.address, "topic": topic, "rate": rate, "seconds": length_s}
+    reading = {"folder": str(repo.folder), "view": DRIVERS.name}
     with (
+        bench.operation("produce-steadily", **load) as producer,
+        bench.operation("watch-online", **reading) as online,
+        bench.operation("watch-offline", **reading) as offline,
         worker(bench.kafka.address, repo, place / "worker.log") as ours,
-        bench.operation(
-            "produce-steadily", address=bench.kafka.address, topic=topic, rate=rate, seconds=length_s
-        ) as source,
-        bench.operation("watch-online", **common) as online_reader,
-        bench.operation("watch-offline", **common) as offline_reader,
     ):
-        start = time.monotonic() + 1.0
-        watching = {"start": start, "probes": probes, "timeout_s": length_s + STEADY_TIMEOUT_S}
-        source_answer, online, offline = at_once(
-            [
-                partial(source.run, start=start, probes=probes),
-                partial(online_reader.run, **watching),
-                partial(offline_reader.run, **watching),
-            ]
+        watched: dict[str, Any] = {"start": time.monotonic() + 1.0, "probes": probes}
+        looking = {**watched, "timeout_s": length_s + STEADY_TIMEOUT_S}
+        answers = at_once(
+            [partial(producer.run, **watched), partial(online.run, **looking), partial(offline.run, **looking)]
         )
-        ours.is_in_time(length_s + 2 * STEADY_TIMEOUT_S)
-        while (found := sum(pq.read_metadata(path).num_rows for path in files(repo.contract))) < source_answer["sent"]:
+        sent = answers[0]["sent"]
+        while (stored := sum(pq.read_metadata(path).num_rows for path in files(repo.contract))) < sent:
             ours.is_in_time(length_s + 2 * STEADY_TIMEOUT_S)
             time.sleep(0.2)
-    if found != source_answer["sent"]:
-        raise MeasureError(f"{name}: offline are {found:,} rows of {source_answer['sent']:,}")
-    for store, answer in (("online", online), ("offline", offline)):
+    if answers[0]["left"] or None in answers[0]["acked"]:
+        raise MeasureError(f"{name}: the broker did not acknowledge every event")
+    if stored != sent:
+        raise MeasureError(f"{name}: offline are {stored:,} rows of {sent:,}")
+    for store, answer in zip(("online", "offline"), answers[1:], strict=True):
         if answer["wrong"] or None in answer["seen"]:
             missing = answer["seen"].count(None)
-            raise MeasureError(f"{name}: {store}, {missing} of {number} probes never came, {answer['wrong']} are wrong")
+            raise MeasureError(f"{name}: {store}, {missing} probes never came, {answer['wrong']} came wrong")
     shutil.rmtree(place)
-    fresh, durable = (latencies(source_answer["made"], probes, answer["seen"]) for answer in (online, offline))
-    cost, late_s = median(online["costs"]), source_answer["latest_s"]
-    bench.say(
-        f"{name}: {len(fresh)} probes; online {spread(fresh)}, offline {spread(durable)}; one look online takes "
-        f"{milliseconds(cost)}, one listing {milliseconds(median(offline['costs']))}; the producer was up to "
-        f"{milliseconds(late_s)} late"
-    )
-    if late_s > LATE_S:
-        bench.say(f"{name}: the producer did not keep its rate; the figures are of a lower one at times")
-    what = f"{rate:,} events/s for {length_s - WARM_UP_S:.0f} s, from `produce()` until"
-    bound, met = (None, None) if rate != 10_000 else ("p99 < 100 ms", float(np.quantile(fresh, 0.99)) < STEADY_BOUND_S)
-    behind = "" if late_s <= LATE_S else f" (producer up to {seconds(late_s)} late)"
-    return [
-        Row(f"{what} `get_online_features` has it{behind}", spread(fresh), "", bound or "", met),
-        Row(f"{what} a valid file has it{behind}", spread(durable)),
-    ]
+    return answers
 
 
 def resident(bench: Bench, name: str) -> list[Row]:

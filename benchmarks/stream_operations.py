@@ -55,6 +55,11 @@ def produce_steadily(address: str, topic: str, rate: int, seconds: float) -> Cal
         target = producer(address, linger_ms=LINGER_MS)
         target.list_topics(topic, timeout=10.0)  # so that the first event finds the connection open
         made: list[float] = []
+        acked: list[float | None] = [None] * len(probes)
+
+        def note(error: object, message: object, *, probe: int) -> None:
+            acked[probe] = time.monotonic() if error is None else None
+
         sent = probed = 0
         latest_s = 0.0
         time.sleep(max(0.0, start - time.monotonic()))
@@ -73,12 +78,19 @@ def produce_steadily(address: str, topic: str, rate: int, seconds: float) -> Cal
                 stamp = time_text()
                 value = template % (key, 0.5, 0.5, probed, stamp, stamp)
                 made.append(time.monotonic())
-                send(target, topic, value.encode(), str(key).encode(), key % PARTITIONS)
+                send(
+                    target,
+                    topic,
+                    value.encode(),
+                    str(key).encode(),
+                    key % PARTITIONS,
+                    on_delivery=partial(note, probe=probed),
+                )
                 probed += 1
             target.poll(0)
             time.sleep(TICK_S)
         left = target.flush(60.0)
-        return {"sent": sent + probed, "left": left, "made": made, "latest_s": latest_s}
+        return {"sent": sent + probed, "left": left, "made": made, "acked": acked, "latest_s": latest_s}
 
     return run
 
@@ -162,7 +174,7 @@ if __name__ == "__main__":
     serve(
         {
             "produce": produce_share,
-            "produce-steadily": partial(produce_steadily),
+            "produce-steadily": produce_steadily,
             "watch-online": watch_online,
             "watch-offline": watch_offline,
         }
