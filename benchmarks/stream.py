@@ -221,7 +221,8 @@ def steady(bench: Bench, name: str, *, rate: int) -> list[Row]:
     late_s = source["latest_s"]
     bench.say(
         f"{name}: {len(fresh)} probes; acknowledged {spread(acked)}, online {spread(fresh)}, "
-        f"offline {spread(durable)}; a look online takes {look}, a listing {listing}; the producer was up to {milliseconds(late_s)} late"
+        f"offline {spread(durable)}; a look online takes {look}, a listing {listing}; "
+        f"the producer was up to {milliseconds(late_s)} late"
     )
     behind = "" if late_s <= LATE_S else f" (the producer was up to {seconds(late_s)} late)"
     what = f"{rate:,} events/s for {length_s - WARM_UP_S:.0f} s{behind}, from `produce()` until"
