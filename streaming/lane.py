@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -52,6 +53,12 @@ HOPELESS_S = 1.0
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
 WAITING_BATCHES = 2
+
+BACKLOG_WAIT_S = 0.05
+"""How long a batch waits for more records when there are plenty."""
+
+WORTH_A_FILE = 0.1
+"""Of `append_rows`: so many rows are appended at once where the log has no more."""
 
 Int64s = npt.NDArray[np.int64]
 Result = TypeVar("Result")
@@ -152,6 +159,7 @@ class Batch:
     fetched_s: float
     rejected: int = 0
     servers: tuple[str, ...] = ()
+    left: int = 0
 
     @classmethod
     def merge(cls, batches: Sequence[Batch]) -> Batch:
@@ -170,6 +178,7 @@ class Batch:
             fetched_s=batches[0].fetched_s,
             rejected=sum(b.rejected for b in batches),
             servers=batches[0].servers,
+            left=batches[-1].left,
         )
 
 
@@ -244,6 +253,7 @@ class Lane:
         self._outstanding = 0
         self._moved_s = time.monotonic()
         self._servers = start.servers
+        self._looked_s = -math.inf
         self._unappended: list[Batch] = []
         self._inbox: asyncio.Queue[Slice | None] = asyncio.Queue()
         self._decoded: asyncio.Queue[Batch | None] = asyncio.Queue(WAITING_BATCHES)
@@ -328,16 +338,9 @@ class Lane:
 
     async def _decode_step(self) -> None:
         while True:
-            piece = await self._inbox.get()
-            pieces: list[Slice] = []
-            count = 0
-            while piece is not None:
-                pieces.append(piece)
-                count += len(piece.records)
-                if count >= self._settings.slice_records or self._inbox.empty():
-                    break
-                piece = self._inbox.get_nowait()
+            pieces, is_last = await self._gathered()
             if pieces:
+                count = sum(len(piece.records) for piece in pieces)
                 # A decoder may have to ask a schema registry. It counts nothing before that, so a repeat does no harm.
                 batch = await self._insist("decode", self._pools.decode, partial(self._decode, pieces), count)
                 if self._share.fault is not None and self._settings.dead_letter_stop:
@@ -348,15 +351,38 @@ class Lane:
                     await self._insist("dead_letters", self._pools.letters, writing, len(batch.letters))
                 batch.letters = []
                 await self._decoded.put(batch)
-            if piece is None:
+            if is_last:
                 await self._decoded.put(None)
                 return
+
+    async def _gathered(self) -> tuple[list[Slice], bool]:
+        """The slices to decode in one go, and whether they are the last.
+
+        On a backlog more is waited for a little: the fuller a batch, the more often its keys repeat, and the less is
+        written online.
+        """
+        most = self._settings.slice_records
+        pieces: list[Slice] = []
+        piece = await self._inbox.get()
+        count = 0
+        while piece is not None:
+            pieces.append(piece)
+            count += len(piece.records)
+            if count >= most or (self._inbox.empty() and piece.left < most):
+                break
+            try:
+                async with asyncio.timeout(BACKLOG_WAIT_S):
+                    piece = await self._inbox.get()
+            except TimeoutError:
+                break
+        return pieces, piece is None
 
     async def _online_step(self) -> None:
         is_last = False
         while not is_last:
             try:
-                batch = await asyncio.wait_for(self._decoded.get(), SERVERS_AGE_S)
+                async with asyncio.timeout(SERVERS_AGE_S):
+                    batch = await self._decoded.get()
             except TimeoutError:
                 await self._look_at_servers()
                 continue
@@ -391,7 +417,10 @@ class Lane:
 
         That is what was appended lately under the former ids, and what is not appended yet.
         """
+        if time.monotonic() - self._looked_s < SERVERS_AGE_S:
+            return
         present = await self._insist("online", self._pools.online, self._stores.server_ids)
+        self._looked_s = time.monotonic()
         former, self._servers = self._servers, present
         if former in ((), present):
             return
@@ -418,7 +447,8 @@ class Lane:
         while not is_last:
             wait_s = gathering.wait_s(time.monotonic(), self._settings.append_seconds)
             try:
-                batch = await asyncio.wait_for(self._online.get(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    batch = await self._online.get()
             except TimeoutError:
                 is_due = True
             else:
@@ -427,6 +457,7 @@ class Lane:
                     gathering.add(batch)
                     is_due = (
                         gathering.rows >= self._settings.append_rows
+                        or (batch.left == 0 and gathering.rows >= WORTH_A_FILE * self._settings.append_rows)
                         or gathering.size >= self._settings.append_bytes
                         or self._budget.is_spent
                     )
@@ -478,6 +509,7 @@ class Lane:
             size=sum(piece.size for piece in pieces),
             fetched_s=pieces[0].fetched_s,
             rejected=len(judged.rejects),
+            left=pieces[-1].left,
         )
 
     def _count(self, received: int, accepted: int, rejects: list[Reject], skipped: int) -> None:

@@ -49,6 +49,7 @@ class Slice:
         records: ascending by offset; may be empty.
         size: payload bytes, keys and values.
         fetched_s: when it came, on the monotonic clock.
+        left: how many offsets the log had behind it then.
     """
 
     partition: TopicPartition
@@ -57,6 +58,7 @@ class Slice:
     records: Sequence[Record]
     size: int
     fetched_s: float
+    left: int = 0
 
     def from_offset(self, offset: int) -> Slice:
         """The part at and beyond an offset; all of it if the offset lies before, none of it if beyond."""

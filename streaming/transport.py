@@ -23,10 +23,11 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
 from streaming.logs import QUIET
-from streaming.records import Records
+from streaming.records import ParsedRecords, Records
 from streaming.slices import Slice, TopicPartition
 
 fetcher.MemoryRecords = Records
+fetcher.PartitionRecords = ParsedRecords
 
 FETCH_WAIT_MS = 250
 """How long a broker may hold a fetch. A partition that was not in the fetch waits as long."""
@@ -127,12 +128,14 @@ class BulkThread(driver.AIOKafkaConsumerThread):
             return {}
         now = time.monotonic()
         slices: dict[TP, list[Slice]] = {}
-        for tp, after in self._positions(consumer).items():
+        for tp, state in self._states(consumer).items():
             first = before.get(tp)
             found = records.get(tp, ())
-            if first is not None and (found or after > first):
+            if first is not None and state.has_valid_position and (found or state.position > first):
+                after = state.position
                 size = sum(len(r.value or b"") + len(r.key or b"") for r in found)
-                slices[tp] = [Slice(TopicPartition(*tp), first, after, found, size, now)]
+                left = max(0, (state.highwater or after) - after)
+                slices[tp] = [Slice(TopicPartition(*tp), first, after, found, size, now, left)]
         return slices
 
     async def _seek_wait(self, consumer: aiokafka.AIOKafkaConsumer, partitions: Mapping[TP, int]) -> None:
