@@ -10,10 +10,11 @@ import shutil
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import pytest
 
+from tests.reporting import tables
 from tests.servers import (
     Kafka,
     MockBroker,
@@ -79,6 +80,18 @@ def pytest_make_collect_report(
         report.outcome = "failed"
         report.longrepr = f"HEADRACE_REQUIRE_ALL=1 and {collector.nodeid} was skipped: {report.longrepr}"
     return report
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over the tables of a process that ran tests."""
+    tables(node.config).extend(getattr(node, "workeroutput", {}).get("tables", []))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the tables."""
+    for table in tables(terminalreporter.config):
+        terminalreporter.write_line("\n" + table)
 
 
 @pytest.fixture(scope="session")

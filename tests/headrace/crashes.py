@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 
 from headrace import faults
+from tests.reporting import tables
 
 PASSES = 3
 """A step that is passed often is an end at its first passes, and at its last."""
@@ -112,16 +113,12 @@ def in_clean_process(target: str, *arguments: object) -> dict[str, Any]:
 
 
 def show(config: pytest.Config, found: Mapping[str, Any]) -> None:
-    """Print points, runs and losses of each scenario, and of all: the steps that all share count once."""
+    """Have points, runs and losses of each scenario, and of all, printed at the end: steps that all share count once."""
     lines = [(name, len(one["points"]), one["runs"], len(one["losses"])) for name, one in found.items()]
     points = len({point for one in found.values() for point in one["points"]})
     lines.append(("all", points, sum(line[2] for line in lines), sum(line[3] for line in lines)))
-    reporter: Any = config.pluginmanager.getplugin("terminalreporter")
-    capture: Any = config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        reporter.write_line("\n" + f"{'killed in':<28}{'points':>8}{'runs':>8}{'losses':>8}")
-        for line in lines:
-            reporter.write_line("{:<28}{:>8}{:>8}{:>8}".format(*line))
+    head = f"{'killed in':<28}{'points':>8}{'runs':>8}{'losses':>8}"
+    tables(config).append("\n".join([head, *("{:<28}{:>8}{:>8}{:>8}".format(*line) for line in lines)]))
 
 
 def _recorded(scenario: Scenario, prepared: Path, done: Path) -> list[str]:
