@@ -113,7 +113,7 @@ def in_clean_process(target: str, *arguments: object) -> dict[str, Any]:
 
 
 def show(config: pytest.Config, found: Mapping[str, Any]) -> None:
-    """Have points, runs and losses of each scenario, and of all, printed at the end: steps that all share count once."""
+    """Have points, runs and losses of each scenario and of all printed at the end; steps that all share count once."""
     lines = [(name, len(one["points"]), one["runs"], len(one["losses"])) for name, one in found.items()]
     points = len({point for one in found.values() for point in one["points"]})
     lines.append(("all", points, sum(line[2] for line in lines), sum(line[3] for line in lines)))
