@@ -111,12 +111,16 @@ class Worker:
     def state(self) -> tuple[int, Mapping[str, Any]]:
         """What `/readyz` says, and its status; 0 and nothing if nobody answers."""
         try:
-            with urllib.request.urlopen(self._page, timeout=_ANSWER_TIMEOUT_S) as answer:  # noqa: S310 - our own page
+            with self._answer() as answer:
                 return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return error.code, {}
         except (OSError, ValueError):
             return 0, {}
+
+    def _answer(self) -> Any:
+        try:
+            return urllib.request.urlopen(self._page, timeout=_ANSWER_TIMEOUT_S)  # noqa: S310 - our own page
+        except urllib.error.HTTPError as error:
+            return error  # 503, which is an answer too
 
     def _signal(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:
