@@ -329,7 +329,7 @@ def test_a_compacted_topic_has_gaps(stream: Stream, admin: AdminClient, tmp_path
 
 @pytest.mark.campaign
 def test_records_of_50_megabytes(make_stream: StreamFactory, admin: AdminClient, tmp_path: Path) -> None:
-    stream = make_stream(store_retry_seconds=300, broker_timeout_seconds=30)
+    stream = make_stream(session_seconds=30, store_retry_seconds=300, broker_timeout_seconds=30)
     limit = 60_000_000
     configure(admin, stream.topic, max_message_bytes=str(limit))
     producer = Producer({"bootstrap.servers": stream.broker, "message.max.bytes": limit})
@@ -362,7 +362,7 @@ def test_records_of_50_megabytes(make_stream: StreamFactory, admin: AdminClient,
 def test_records_that_unpack_to_hundreds_of_megabytes(
     make_stream: StreamFactory, tmp_path: Path, codec: str, records: int, size: int
 ) -> None:
-    stream = make_stream(store_retry_seconds=300, broker_timeout_seconds=30)
+    stream = make_stream(session_seconds=30, store_retry_seconds=300, broker_timeout_seconds=30)
     producer = Producer(
         {
             "bootstrap.servers": stream.broker,
