@@ -127,7 +127,7 @@ class FlatReader:
         return pa.array(self._longs(rows))
 
     def _read_float(self, _: Node, rows: Ints) -> pa.Array:
-        return pa.array(self._words(rows, "<f4").astype(np.float64))
+        return pa.array(self._words(rows, "<f4")).cast(pa.float64())  # NumPy's own cast warns of some NaNs
 
     def _read_double(self, _: Node, rows: Ints) -> pa.Array:
         return pa.array(self._words(rows, "<f8"))

@@ -469,6 +469,7 @@ def test_records_read_together_are_what_they_are_when_read_alone(data: st.DataOb
     [
         ("long", [b"\x80", b"\x02", b"\x80"], [False, True, False]),  # what follows would end the first
         ("double", [b"1234", b"12345678"], [False, True]),
+        ("float", [b"\x01\x00\x80\x7f", b"123", b"\x00\x00\x80\x7f"], [True, False, True]),  # a signalling NaN
         ("string", [b"\x04a", b"\x04ab", b"\x04\xff\xff", b"\x01"], [False, True, False, False]),
         ("bytes", [b"\x04a", b"\x04ab", b"\x80\x80\x80\x80\x80\x80\x01"], [False, True, False]),
         ({"type": "enum", "name": "E", "symbols": ["A"]}, [b"\x02", b"\x00", b"\x01"], [False, True, False]),
