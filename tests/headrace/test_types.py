@@ -239,7 +239,7 @@ ALONE: list[tuple[FeastType, list[Any], list[Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "values", "served"), ALONE, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("dtype", "values", "served"), ALONE, ids=[str(case[0]) for case in ALONE])
 def test_a_value_does_not_hang_on_its_neighbours(
     tmp_path: Path, dtype: FeastType, values: list[Any], served: list[Any]
 ) -> None:
