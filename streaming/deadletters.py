@@ -2,7 +2,7 @@
 
 Headers (after the record's own): `headrace.view`, `.reason`, `.field`, `.message`, `.topic`, `.topic_id`, `.partition`,
 `.offset`, `.timestamp_ms`, `.writer`; a payload that the broker refuses for its size is cut to its first 64 kB, and
-`.sha256` and `.size` tell of the whole.
+`.sha256` and `.size` tell of the whole. A record that could not be unpacked is empty, with a `.size` all the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from headrace import __version__
 from headrace.conform import Reject
 from headrace.errors import TransientError
-from streaming.slices import Record, TopicPartition
+from streaming.slices import Record, TopicPartition, Unread
 
 SUFFIX = ".dlq"
 KEPT_BYTES = 64 * 1024
@@ -56,6 +56,8 @@ class Letter:
             "timestamp_ms": str(self.record.timestamp),
             "writer": f"headrace {__version__}",
         }
+        if isinstance(self.record.value, Unread):
+            ours["size"] = "1"  # more than is here; nobody knows how much
         own: Headers = [(str(key), value) for key, value in self.record.headers]
         return own + [(PREFIX + key, text.encode("utf-8", "replace")) for key, text in ours.items()]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow as pa
 
-from headrace.conform import Reject, Rows, conform
+from headrace.conform import Reason, Reject, Rows, conform
 from streaming.formats import Decoder
 from streaming.settings import View
+from streaming.slices import Unread
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ def judge(view: View, decoder: Decoder, values: Sequence[bytes | None], max_skew
     Raises:
         TransientError: as the decoder raises it.
     """
+    if any(isinstance(value, Unread) for value in values):
+        return _without_unread(view, decoder, values, max_skew_seconds)
     decoded = decoder(values)
     conformed = conform(
         view.contract,
@@ -51,3 +55,14 @@ def judge(view: View, decoder: Decoder, values: Sequence[bytes | None], max_skew
         sorted([*decoded.rejects, *found], key=lambda reject: reject.row),
         len(decoded.skipped) + len(conformed.skipped),
     )
+
+
+def _without_unread(view: View, decoder: Decoder, values: Sequence[bytes | None], max_skew_seconds: float) -> Judged:
+    """The same where some values could not be read: those are bad."""
+    unread = {row: value for row, value in enumerate(values) if isinstance(value, Unread)}
+    read = [row for row in range(len(values)) if row not in unread]
+    judged = judge(view, decoder, [values[row] for row in read], max_skew_seconds)
+    found = [replace(reject, row=read[reject.row]) for reject in judged.rejects]
+    found += [Reject(row, Reason.UNDECODABLE, None, value.reason) for row, value in unread.items()]
+    rows = np.array(read, dtype=np.int64)[judged.rows]
+    return Judged(judged.table, rows, sorted(found, key=lambda reject: reject.row), judged.skipped)

@@ -14,6 +14,19 @@ class TopicPartition(NamedTuple):
     partition: int
 
 
+class Unread(bytes):
+    """The value of a record that could not be read: empty, with the reason."""
+
+    reason: str
+
+    @classmethod
+    def because(cls, reason: str) -> Unread:
+        """A value that was not read for a reason."""
+        value = cls()
+        value.reason = reason
+        return value
+
+
 class Record(Protocol):
     """What is used of a Kafka record."""
 

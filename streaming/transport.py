@@ -16,18 +16,14 @@ from typing import Any, ClassVar, Protocol
 
 import aiokafka
 import faust
-from aiokafka.consumer import fetcher
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import IllegalStateError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
 from streaming.logs import QUIET
-from streaming.records import ParsedRecords, Records
+from streaming.records import install
 from streaming.slices import Slice, TopicPartition
-
-fetcher.MemoryRecords = Records
-fetcher.PartitionRecords = ParsedRecords
 
 FETCH_WAIT_MS = 250
 """How long a broker may hold a fetch. A partition that was not in the fetch waits as long."""
@@ -87,6 +83,7 @@ class BulkThread(driver.AIOKafkaConsumerThread):
 
     def _create_worker_consumer(self, transport: Any) -> aiokafka.AIOKafkaConsumer:
         conf = self.app.conf
+        install(self.app.config.settings.in_flight_bytes)  # type: ignore[attr-defined]
         self._assignor = RoundRobinPartitionAssignor
         return aiokafka.AIOKafkaConsumer(
             client_id=conf.broker_client_id,

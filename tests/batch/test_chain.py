@@ -294,7 +294,7 @@ def test_a_day_by_event_time(here: Place, configure: Callable[..., None]) -> Non
         (
             {"reread_days": "x", "window": "y"},
             "rides",
-            r"HEADRACE_WINDOW: .*; HEADRACE_REREAD_DAYS: ",
+            r"HEADRACE_WINDOW .*; HEADRACE_REREAD_DAYS ",
         ),
     ],
 )

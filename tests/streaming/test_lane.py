@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from headrace.chains import Folder, StreamLedger, accepted_offsets
+from headrace.conform import Reason, Reject
 from headrace.errors import LostRaceError, TerminalError
 from streaming.deadletters import Letter
 from streaming.decode import JsonDecoder
@@ -25,7 +26,7 @@ from streaming.health import Health
 from streaming.lane import Budget, Int64s, Lane, Pools, StoreDownError, TopicReplacedError
 from streaming.settings import StreamSettings, View
 from streaming.share import LetterShare
-from streaming.slices import Position, Record, Slice, TopicPartition
+from streaming.slices import Position, Record, Slice, TopicPartition, Unread
 from tests.streaming.test_decode import VIEW, changed
 
 PARTITION = TopicPartition("topic", 0)
@@ -395,3 +396,18 @@ async def until(is_so: Callable[[], bool]) -> None:
     while not is_so():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
+
+
+def test_a_record_that_could_not_be_read_is_a_letter(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        bench = Bench(tmp_path)
+        lane = bench.lane()
+        lane.put(piece(0, 3, [record(0), Fake(1, Unread.because("too large")), record(2)]))
+        await lane.finish(5)
+        assert bench.offsets() == [0, 2]
+        assert bench.stores.letters == [1]
+
+    asyncio.run(scenario())
+    unread = Fake(1, Unread.because("too large"))
+    headers = dict(Letter("view", PARTITION, None, unread, Reject(0, Reason.UNDECODABLE, None, "x")).headers())
+    assert headers["headrace.size"] == b"1"

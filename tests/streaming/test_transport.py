@@ -11,11 +11,11 @@ from typing import Any
 import aiokafka
 import pytest
 from aiokafka.consumer import fetcher
-from aiokafka.consumer.fetcher import PartitionRecords
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from faust.transport.drivers import aiokafka as driver
 
-from streaming.records import Records
+from streaming.records import ParsedRecords, Records, install
+from streaming.slices import Unread
 from streaming.transport import BulkConsumer, BulkThread, ForgetfulOffsets
 from tests.conftest import TopicFactory
 
@@ -102,13 +102,43 @@ def test_a_header_whose_name_is_no_utf_8_is_read(compression: int) -> None:
         data[:8] = first.to_bytes(8, "big")
         return bytes(data)
 
+    install(1 << 20)
     assert fetcher.MemoryRecords is Records
     records = Records(batch(0) + batch(3) + batch(6)[:40])
     partition = aiokafka.TopicPartition("topic", 0)
-    found = list(PartitionRecords(partition, records, [], 1, None, None, False, fetcher.READ_COMMITTED))
+    found = list(ParsedRecords(partition, records, [], 1, None, None, False, fetcher.READ_COMMITTED))
     assert [record.offset for record in found] == [1, 2, 3, 4, 5]
     assert [record.key for record in found] == [b"k1", b"k2", b"k0", b"k1", b"k2"]
-    assert found[0].headers == found[3].headers == (("ok", b"1"), ("\ufffd\ufffd", b"\xff"))
-    assert found[1].headers == (("\u00fc", None),)
+    assert tuple(found[0].headers) == tuple(found[3].headers) == (("ok", b"1"), ("\ufffd\ufffd", b"\xff"))
+    assert tuple(found[1].headers) == (("\u00fc", None),)
     assert not records.has_next()
     assert records.next_batch() is None
+
+
+@pytest.mark.parametrize("codec", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [10, 900_000, 3_000_000])
+def test_a_batch_that_unpacks_to_too_much_is_not_read(codec: int, size: int) -> None:
+    """Each of its records is there, unread; the records of other batches are read."""
+    install(1 << 20)
+
+    def batch(first: int, size: int) -> bytes:
+        builder = DefaultRecordBatchBuilder(2, codec, 0, -1, -1, -1, 100_000_000)
+        for number in range(3):
+            builder.append(number, 5, b"k", bytes(size // 3), [])
+        data = bytearray(builder.build())
+        data[:8] = first.to_bytes(8, "big")
+        return bytes(data)
+
+    partition = aiokafka.TopicPartition("topic", 0)
+    records = Records(batch(7, size) + batch(10, 3))
+    found = list(ParsedRecords(partition, records, [], 7, None, None, False, fetcher.READ_COMMITTED))
+    assert [record.offset for record in found] == list(range(7, 13))
+    assert [record.value for record in found[3:]] == [b"\0"] * 3
+    is_bounded = codec != 2  # snappy cannot pack so much into little
+    for record in found[:3]:
+        assert isinstance(record.value, Unread) == (size > 1 << 20 and is_bounded)
+        assert record.timestamp == 5
+        if isinstance(record.value, Unread):
+            assert "HEADRACE_IN_FLIGHT_BYTES" in record.value.reason
+        else:
+            assert record.value == bytes(size // 3)
