@@ -27,7 +27,7 @@ from tests.streaming.conftest import Stream
 from tests.streaming.oracle import KEY, contract_of, judge, read_online, read_topic
 from tests.streaming.process import FAUST, Worker, config_of, emit, run
 
-BOUND = 0.5
+BOUND = 0.7
 """The rule that is too strict at first: `conv_rate` may be no greater."""
 
 
