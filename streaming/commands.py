@@ -22,6 +22,7 @@ from streaming import letters as reading
 from streaming import replay as replaying
 from streaming import start as starting
 from streaming import verify as verifying
+from streaming.ending import give_up, leave
 from streaming.settings import StreamConfig
 
 
@@ -37,16 +38,19 @@ class _Command(AppCommand):
         return found
 
     def finish(self, work: Callable[[], Mapping[str, object] | str]) -> NoReturn:
-        """Do the work, print what it returns (as JSON, if it is no text), exit: with 1 if it raises or is not `ok`."""
+        """Do the work, print what it returns (as JSON, if it is no text), end: with 1 if it raises or is not `ok`.
+
+        At once: an orderly end of Python waits for clients of a broker that is away, and the farewell of some libraries
+        is pages of warnings.
+        """
         try:
             result = work()
         except HeadraceError as error:
-            sys.stderr.write(f"headrace: {error}\n")
-            raise SystemExit(1) from None
+            give_up(error)
         except KeyboardInterrupt:
-            raise SystemExit(130) from None
+            leave(130)
         sys.stdout.write((result if isinstance(result, str) else json.dumps(result)) + "\n")
-        raise SystemExit(0 if isinstance(result, str) or result.get("ok", True) else 1)
+        leave(0 if isinstance(result, str) or result.get("ok", True) else 1)
 
 
 class emit(_Command):
