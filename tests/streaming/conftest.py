@@ -17,7 +17,13 @@ from tests.conftest import RepositoryFactory, TopicFactory
 from tests.servers import Mode, Proxy, Valkey
 from tests.servers.repository import use_valkey
 
-QUICK = {"session_seconds": 2, "append_seconds": 0.5, "store_retry_seconds": 30, "broker_timeout_seconds": 5}
+QUICK = {
+    "session_seconds": 2,
+    "append_seconds": 0.5,
+    "store_retry_seconds": 30,
+    "broker_timeout_seconds": 5,
+    "dead_letter_share": 1,
+}
 """Settings that make failover quick."""
 
 
