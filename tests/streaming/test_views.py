@@ -191,10 +191,10 @@ def test_a_view_far_behind_catches_up_in_a_worker_of_its_own(make_stream: Stream
 
 
 def test_fifty_views_on_twenty_topics(stream: Stream, topic: TopicFactory, tmp_path: Path) -> None:
+    emit(stream.environment, count=200, seed=1)
     topics = [topic("many", partitions=2) for _ in range(19)]
     for number in range(49):
         add_view(stream, f"view_{number}", topics[number % 19])
-    emit(stream.environment, count=200, seed=1)
     values = [message.value for message in read_topic(stream.broker, stream.topic)]
     producer = Producer({"bootstrap.servers": stream.broker})
     for place, name in enumerate(topics):
