@@ -430,7 +430,12 @@ def time_bounds(table: pa.Table, column: str) -> tuple[int | None, int | None]:
 
 
 def _make_folder(folder: Path) -> None:
-    """Make a folder durably."""
+    """Make a folder durably.
+
+    Raises:
+        ConfigError: it is a file.
+        TransientError: it is a link to nowhere.
+    """
     if folder.is_dir():
         return
     try:
@@ -439,6 +444,9 @@ def _make_folder(folder: Path) -> None:
             _fsync_folder(missing.parent)
         folder.mkdir(exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
+        if folder.is_symlink():
+            msg = f"{folder} is a link that leads to no folder now; is what it leads to mounted?"
+            raise TransientError(msg) from error
         msg = (
             f"{folder} is a file, and rows are appended to a folder of segments; "
             "make a folder of that name and move the file into it: its rows stay history"
