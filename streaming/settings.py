@@ -67,7 +67,7 @@ class StreamSettings(SecuritySettings):
     append_bytes: int = Field(default=128 * MEBIBYTE, gt=0)
     slice_records: int = Field(default=20_000, gt=0)
     fetch_bytes: int = Field(default=MEBIBYTE, gt=0)
-    in_flight_bytes: int = Field(default=256 * MEBIBYTE, gt=0)
+    in_flight_bytes: int = Field(default=128 * MEBIBYTE, gt=0)
     max_skew_seconds: float = Field(default=300.0, ge=0)
     store_retry_seconds: float = Field(default=120.0, gt=0)
     apply_again_seconds: float = Field(default=600.0, ge=0)
