@@ -148,9 +148,11 @@ class Partition(RuleBasedStateMachine):
         self.tables: dict[tuple[int, int], tuple[list[tuple[int, int, int]], int]] = {}
         counts["examples"] += 1
 
-    @initialize(start=st.sampled_from([0, 0, 5]))
-    def topic_begins_at(self, start: int) -> None:
+    @initialize(start=st.sampled_from([0, 0, 5]), sizes=st.lists(st.integers(1, 3), max_size=10))
+    def topic_begins(self, start: int, sizes: list[int]) -> None:
+        """With what a worker did before anybody disturbed it."""
         self.starts = [start]
+        self._go("worker-1", lambda: self._work(self.workers["worker-1"], [("next", size) for size in sizes]), None)
 
     @rule(name=WORKERS, fetches=FETCHES, how_far=HOW_FAR)
     def work(self, name: str, fetches: list[tuple[str, int]], how_far: int | str | None) -> None:
