@@ -86,12 +86,16 @@ class Sight:
         rows: offset, topic and attempt of each row, in the order of the chain.
         gone: the end of what retention removed.
         end: of the chain, where the reader looked at it.
+        topics: what the footers say of whose offsets they are.
+        successor: the topic of the next epoch, where this one is closed.
     """
 
     rows: list[tuple[int, int, int]] = field(default_factory=list)
     gone: int = 0
     end: int = 0
     rejected: int = 0
+    topics: set[str | None] = field(default_factory=set)
+    successor: str | None = None
 
 
 @dataclass
@@ -331,7 +335,8 @@ class Partition(RuleBasedStateMachine):
         topic = len(self.starts) - 1
         ledger = StreamLedger(self.contract, *PARTITION)
         if ledger.end().exists:
-            ledger.close(f"t{topic}", self.starts[topic])
+            end = ledger.close(f"t{topic}", self.starts[topic])
+            assert (end.topic_id, end.closed) == (f"t{topic}", False)
             counts["closed"] += 1
 
     def _read(self) -> None:
@@ -367,6 +372,9 @@ class Partition(RuleBasedStateMachine):
             sight.gone = max(sight.gone, gone)
             sight.rejected += footer.rejected
             sight.end = max(sight.end, footer.next)
+            sight.topics.add(footer.topic_id)
+            if footer.successor is not None:
+                sight.successor = footer.successor[0]
         return found
 
     def _content(self, path: Path) -> tuple[list[tuple[int, int, int]], int]:
@@ -388,7 +396,10 @@ class Partition(RuleBasedStateMachine):
         topics: dict[int, int] = {}
         for epoch, sight in sorted(sights.items()):
             held = {topic for _, topic, _ in sight.rows}
-            assert len(held) <= 1, f"epoch {epoch} holds topics {held}"
+            assert len(sight.topics) == 1, f"epoch {epoch} is of {sight.topics}"
+            assert {f"t{topic}" for topic in held} <= sight.topics
+            former = sights.get(epoch - 1, Sight()).successor
+            assert former is None or former in sight.topics, f"epoch {epoch} is of {sight.topics}, not of {former}"
             for topic in held:
                 assert topics.setdefault(topic, epoch) == epoch, f"topic {topic} is in two epochs"
                 wanted = [n for n in range(max(self.starts[topic], sight.gone), sight.end) if is_accepted(n)]
