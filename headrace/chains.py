@@ -262,7 +262,7 @@ class StreamLedger:
         Idempotent for the same start. A start of 0 needs no file.
 
         Raises:
-            LostRaceError: the chain exists and ends elsewhere.
+            LostRaceError: the chain exists and ends elsewhere, or is of a topic with another id.
         """
         now = self.end()
         if not now.exists:
@@ -270,6 +270,9 @@ class StreamLedger:
                 return replace(now, topic_id=topic_id)
             self._mark_before(now.epoch, start, topic_id)
             now = self.end()
+        if None not in (now.topic_id, topic_id) and now.topic_id != topic_id:
+            msg = f"chain `{self._name(now.epoch)}` is of the topic with id {now.topic_id}, not {topic_id}"
+            raise LostRaceError(msg, now.end)
         if now.end != start:
             msg = f"chain `{self._name(now.epoch)}` exists and ends at {now.end}, not at {start}"
             raise LostRaceError(msg, now.end)

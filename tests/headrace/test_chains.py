@@ -472,3 +472,16 @@ def test_a_close_that_loses_to_another_of_the_same_topic_opens_no_second_epoch(
     monkeypatch.setattr(faults, "hook", overtake)
     end = ledger.close("new", 0)
     assert (end.epoch, end.end) == (1, 1)
+
+
+def test_who_begins_a_chain_that_is_another_topic_s_by_then_does_not_go_on_in_it(
+    contract: ViewContract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtake(step: str) -> None:
+        if step == "append.5.temporary-removed":
+            monkeypatch.setattr(faults, "hook", None)
+            StreamLedger(contract, "events", 0).close("new", 5)
+
+    monkeypatch.setattr(faults, "hook", overtake)
+    with pytest.raises(LostRaceError, match="id new, not old"):
+        StreamLedger(contract, "events", 0).begin(5, "old")

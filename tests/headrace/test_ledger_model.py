@@ -86,12 +86,16 @@ class Sight:
         rows: offset, topic and attempt of each row, in the order of the chain.
         gone: the end of what retention removed.
         end: of the chain, where the reader looked at it.
+        topics: what the footers say of whose offsets they are.
+        successor: the topic of the next epoch, where this one is closed.
     """
 
     rows: list[tuple[int, int, int]] = field(default_factory=list)
     gone: int = 0
     end: int = 0
     rejected: int = 0
+    topics: set[str | None] = field(default_factory=set)
+    successor: str | None = None
 
 
 @dataclass
@@ -144,13 +148,16 @@ class Partition(RuleBasedStateMachine):
         self.attempts: list[Attempt] = []
         self.horizon = 0
         self.seen: dict[tuple[int, int], int] = {}
+        self.counted: set[int] = set()
         self.ends: dict[int, int] = {}
         self.tables: dict[tuple[int, int], tuple[list[tuple[int, int, int]], int]] = {}
         counts["examples"] += 1
 
-    @initialize(start=st.sampled_from([0, 0, 5]))
-    def topic_begins_at(self, start: int) -> None:
+    @initialize(start=st.sampled_from([0, 0, 5]), sizes=st.lists(st.integers(1, 3), max_size=10))
+    def topic_begins(self, start: int, sizes: list[int]) -> None:
+        """With what a worker did before anybody disturbed it."""
         self.starts = [start]
+        self._go("worker-1", lambda: self._work(self.workers["worker-1"], [("next", size) for size in sizes]), None)
 
     @rule(name=WORKERS, fetches=FETCHES, how_far=HOW_FAR)
     def work(self, name: str, fetches: list[tuple[str, int]], how_far: int | str | None) -> None:
@@ -301,7 +308,7 @@ class Partition(RuleBasedStateMachine):
         except (LostRaceError, ChainClosedError, LedgerError):
             # Who sleeps between creating its file and asking whether that counts may find it merged already, and cannot
             # tell that from a name that was free for having been merged: then it is told that it lost, and did not.
-            attempt.outcome = "merged" if number in self.seen.values() else "lost"
+            attempt.outcome = "merged" if number in self.counted else "lost"
             counts["merged meanwhile"] += attempt.outcome == "merged"
             raise
         attempt.outcome = "done"
@@ -329,7 +336,8 @@ class Partition(RuleBasedStateMachine):
         topic = len(self.starts) - 1
         ledger = StreamLedger(self.contract, *PARTITION)
         if ledger.end().exists:
-            ledger.close(f"t{topic}", self.starts[topic])
+            end = ledger.close(f"t{topic}", self.starts[topic])
+            assert (end.topic_id, end.closed) == (f"t{topic}", False)
             counts["closed"] += 1
 
     def _read(self) -> None:
@@ -365,6 +373,9 @@ class Partition(RuleBasedStateMachine):
             sight.gone = max(sight.gone, gone)
             sight.rejected += footer.rejected
             sight.end = max(sight.end, footer.next)
+            sight.topics.add(footer.topic_id)
+            if footer.successor is not None:
+                sight.successor = footer.successor[0]
         return found
 
     def _content(self, path: Path) -> tuple[list[tuple[int, int, int]], int]:
@@ -386,7 +397,10 @@ class Partition(RuleBasedStateMachine):
         topics: dict[int, int] = {}
         for epoch, sight in sorted(sights.items()):
             held = {topic for _, topic, _ in sight.rows}
-            assert len(held) <= 1, f"epoch {epoch} holds topics {held}"
+            assert len(sight.topics) == 1, f"epoch {epoch} is of {sight.topics}"
+            assert {f"t{topic}" for topic in held} <= sight.topics
+            former = sights.get(epoch - 1, Sight()).successor
+            assert former is None or former in sight.topics, f"epoch {epoch} is of {sight.topics}, not of {former}"
             for topic in held:
                 assert topics.setdefault(topic, epoch) == epoch, f"topic {topic} is in two epochs"
                 wanted = [n for n in range(max(self.starts[topic], sight.gone), sight.end) if is_accepted(n)]
@@ -412,6 +426,7 @@ class Partition(RuleBasedStateMachine):
             vanished = {n for n in self.seen.keys() - owners.keys() if n[1] >= sights[n[0]].gone}
             assert not vanished, f"{vanished} were there and are not"
             self.seen = owners
+            self.counted.update(owners.values())
 
 
 @pytest.fixture(scope="module")
