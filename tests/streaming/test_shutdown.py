@@ -92,7 +92,7 @@ def test_a_second_signal_ends_at_once(stream: Stream, valkey_server: Valkey, tmp
 def test_too_many_bad_events_stop_the_worker_before_they_are_dead_letters(
     make_stream: StreamFactory, tmp_path: Path
 ) -> None:
-    stream = make_stream(dead_letter_stop=True, log_format="json")
+    stream = make_stream(dead_letter_share=0.5, dead_letter_stop=True, log_format="json")
     with Worker(stream.environment, tmp_path / "log") as worker:
         emit(stream.environment, count=1000, seed=1)
         worker.start().wait_ready(READY_S)
