@@ -24,7 +24,14 @@ import pyarrow as pa
 from feast import FeatureStore
 
 from headrace.chains import StreamEnd, StreamLedger
-from headrace.errors import ChainClosedError, HeadraceError, LedgerError, LostRaceError
+from headrace.errors import (
+    ChainClosedError,
+    ConfigError,
+    HeadraceError,
+    LedgerError,
+    LostRaceError,
+    TransientError,
+)
 from headrace.materialize import apply_newest
 from headrace.online import server_ids, write_online
 from headrace.repository import open_store
@@ -324,7 +331,6 @@ class StreamIntake:
         async with self._ending:  # the next may read the ledgers when the lanes of all before have ended
             await asyncio.gather(*(lane.finish(FINISH_S) for run in runs.values() for lane in run.lanes))
         for partition, run in runs.items():
-            self._health.failing.pop(_short_key(partition), None)
             if run.lanes:
                 self._committed[partition] = min(lane.end for lane in run.lanes)
         return assignment
@@ -342,17 +348,16 @@ class StreamIntake:
                 if self._runs[partition].lanes:
                     return start
                 break
+            except OutdatedError:
+                return None
             except ShortLogError as error:
-                if assignment != self._assignment:
-                    return None
                 logger.warning("%s[%d]: %s", *partition, error, extra=partition._asdict())
                 self._health.failing[_short_key(partition)] = str(error)
                 self._spawn(self._watch_short_log(partition, assignment))
                 break
-            except OutdatedError:
-                return None
             except Exception as error:  # noqa: BLE001 - whatever it is, it is retried or named
-                if time.monotonic() + pause_s <= deadline:
+                is_alone = not isinstance(error, ViewError) or len(self._served(partition.topic)) == 1
+                if is_alone and time.monotonic() + pause_s <= deadline:
                     if _short_key(partition) not in self._health.failing:
                         logger.warning("%s[%d]: cannot begin yet: %s", *partition, error, extra=partition._asdict())
                     self._health.failing[_short_key(partition)] = str(error)
@@ -374,8 +379,27 @@ class StreamIntake:
         """Read the ledgers, compare them with the log, and open the lanes of the views that go on together.
 
         Raises:
-            ShortLogError, ViewError, OutdatedError: see there.
+            OutdatedError: see there; also instead of any other error, which is nobody's concern then.
+            ShortLogError, ViewError: see there.
         """
+        try:
+            ledgers, present = await self._ledgers(partition)
+        except Exception as error:
+            if assignment != self._assignment:
+                raise OutdatedError from error
+            raise
+        if assignment != self._assignment:
+            raise OutdatedError
+        together = self._together(partition, ledgers)
+        start = min((end.end for _, _, end in together), default=0)
+        opened = [self._open(view, partition, ledger, end, present) for view, ledger, end in together]
+        self._runs[partition] = Run(Position(start), opened)
+        return start
+
+    async def _ledgers(
+        self, partition: TopicPartition
+    ) -> tuple[list[tuple[View, StreamLedger, StreamEnd]], str | None]:
+        """The ledgers of the views that can go on, with their ends, and the topic's id; leaves out who cannot."""
         asked_s = time.monotonic()
         present = await self._look(lambda: self._broker.topic_id(partition.topic, asked_s))
         log = await self._look(lambda: self._broker.log(*partition))
@@ -384,10 +408,12 @@ class StreamIntake:
             ledger = StreamLedger(view.contract, *partition)
             try:
                 end = await self._where(view, ledger, partition, log, present)
-            except (StoppedError, LedgerError) as error:
+            except (StoppedError, LedgerError, ConfigError) as error:
                 self._stop(partition.topic, view, str(error))
                 continue
-            except OSError as error:
+            except LostRaceError:
+                raise
+            except (OSError, TransientError) as error:
                 raise ViewError(view, error) from error
             if end.end > log.latest:
                 msg = (
@@ -396,13 +422,7 @@ class StreamIntake:
                 )
                 raise ShortLogError(msg)
             ledgers.append((view, ledger, end))
-        if assignment != self._assignment:
-            raise OutdatedError
-        together = self._together(partition, ledgers)
-        start = min((end.end for _, _, end in together), default=0)
-        opened = [self._open(view, partition, ledger, end, present) for view, ledger, end in together]
-        self._runs[partition] = Run(Position(start), opened)
-        return start
+        return ledgers, present
 
     async def _where(
         self, view: View, ledger: StreamLedger, partition: TopicPartition, log: Log, present: str | None
@@ -429,9 +449,11 @@ class StreamIntake:
         together = []
         for view, ledger, end in ledgers:
             name = view.contract.name
-            self._behind.pop((partition, name), None)
             if furthest - end.end <= self._settings.view_gap_offsets:
+                self._behind.pop((partition, name), None)
                 together.append((view, ledger, end))
+                continue
+            if (partition, name) in self._behind:  # it is told and watched already
                 continue
             reason = (
                 f"`{name}` is left out of {partition.topic}[{partition.partition}]: it is {furthest - end.end} offsets "
@@ -538,7 +560,11 @@ class StreamIntake:
         ledger = StreamLedger(view.contract, *partition)
         while assignment == self._assignment and (partition, view.contract.name) in self._behind:
             await asyncio.sleep(SECOND_LOOK_S)
-            end = (await self._look(ledger.end)).end
+            try:
+                end = (await self._look(ledger.end)).end
+            except (LedgerError, OSError) as error:
+                logger.warning("%s: %s", view.contract.name, error, extra=partition._asdict())
+                continue
             run = self._runs.get(partition)
             if run is not None and run.position.expected - end <= self._settings.view_gap_offsets:
                 await self._restart(partition)

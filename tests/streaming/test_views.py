@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from confluent_kafka import Producer
+from confluent_kafka import TopicPartition as Place
+from confluent_kafka.admin import AdminClient
 from feast import FeatureView, Field, FileSource, KafkaSource
 from feast.data_format import JsonFormat, ParquetFormat
 
 from headrace.audit import audit
 from headrace.contract import ViewContract
 from headrace.repository import contracts, open_store
+from streaming.health import Health
+from streaming.intake import StreamIntake
+from streaming.slices import TopicPartition
 from tests.conftest import TopicFactory
 from tests.streaming.conftest import Stream, StreamFactory
 from tests.streaming.oracle import Origin, Truth, judge, read_offline, read_topic
-from tests.streaming.process import Worker, emit
+from tests.streaming.process import Worker, config_of, emit
+from tests.streaming.test_intake import Places
 
 STRICT = 0.5
 """What `conv_rate` may be at most in the second view."""
@@ -138,6 +146,38 @@ def test_a_view_whose_folder_fails_is_left_out_and_taken_in_again(make_stream: S
         worker.stop()
     assert_is_whole(stream, "driver_stats", 1.0)
     assert_is_whole(stream, "strict", STRICT)
+
+
+@pytest.mark.parametrize("fault", ["a loop", "a link to nowhere", "a file"])
+def test_a_view_that_cannot_begin_does_not_keep_the_others_waiting(
+    make_stream: StreamFactory, tmp_path: Path, fault: str
+) -> None:
+    """Its folder cannot be read, or not be made. The head is gone, so that a ledger begins with a file."""
+    stream = make_stream(store_retry_seconds=120)
+    emit(stream.environment, count=100, seed=3)
+    admin = AdminClient({"bootstrap.servers": stream.broker})
+    for deleted in admin.delete_records([Place(stream.topic, 0, 1)]).values():
+        deleted.result(10)
+    add_view(stream, "other", stream.topic)
+    config, folder = config_of(stream.environment), contract_of(stream, "other").directory
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if fault == "a file":
+        folder.write_text("")
+    else:
+        folder.symlink_to(folder if fault == "a loop" else tmp_path / "nowhere")
+    partition, fatal = TopicPartition(stream.topic, 0), list[BaseException]()
+
+    async def scenario() -> None:
+        intake = StreamIntake(config, Health(), fatal.append)
+        intake.mover = Places()
+        async with asyncio.timeout(60):
+            assert await intake.assign(1, {partition}) == {partition: 1}
+        assert ["other is left out" in found.text for found in intake.faults()] == [True]
+        await intake.release()
+        intake.close()
+
+    asyncio.run(scenario())
+    assert fatal == []
 
 
 def test_a_view_with_a_broken_ledger_is_left_out(stream: Stream, tmp_path: Path) -> None:
