@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
@@ -55,6 +56,17 @@ def client_config(config: StreamConfig) -> dict[str, Any]:
         "log_level": 0,
         **librdkafka_settings(config.settings),
     }
+
+
+def parse_time_ms(text: str) -> int:
+    """A time in ISO 8601, UTC where it names no zone, as the broker counts it: milliseconds since the epoch.
+
+    Raises:
+        ValueError: it is none.
+    """
+    moment = datetime.fromisoformat(text)
+    aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    return int(aware.timestamp() * 1000)
 
 
 class Broker:

@@ -424,11 +424,7 @@ class Lane:
         former, self._servers = self._servers, present
         if former in ((), present):
             return
-        within_s = self._settings.apply_again_seconds
-        paths = await self._insist(
-            "online", self._pools.offline, lambda: self._ledger.recent(self.epoch, present, within_s)
-        )
-        written = await self._insist("online", self._pools.online, lambda: self._stores.apply_recent(self.view, paths))
+        segments, written = await self._insist("online", self._pools.online, lambda: self._apply_recent(present))
         for batch in self._unappended:
             if batch.table.num_rows:
                 written += await self._insist("online", self._pools.online, partial(self._write_online, batch))
@@ -436,10 +432,15 @@ class Lane:
             "%s: the online servers are not those of before and may have forgotten: %d recent segments and %d batches "
             "were applied again, %d keys were not there",
             self.label,
-            len(paths),
+            segments,
             len(self._unappended),
             written,
         )
+
+    def _apply_recent(self, present: tuple[str, ...]) -> tuple[int, int]:
+        """How many segments were applied again, and how many keys were not there. Lists anew when it is repeated."""
+        paths = self._ledger.recent(self.epoch, present, self._settings.apply_again_seconds)
+        return len(paths), self._stores.apply_recent(self.view, paths)
 
     async def _append_step(self) -> None:
         gathering = Gathering()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import cast
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from headrace.errors import ConfigError
-from streaming.broker import Broker, BrokerError, client_config
+from streaming.broker import Broker, BrokerError, client_config, parse_time_ms
 from streaming.deadletters import PREFIX, topic_of
 from streaming.settings import StreamConfig
 
@@ -165,14 +165,12 @@ def parse_since(text: str) -> int:
     """
     units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
     if text[:-1].isdecimal() and text[-1:] in units:
-        return int((datetime.now(UTC).timestamp() - int(text[:-1]) * units[text[-1]]) * 1000)
+        return int((time.time() - int(text[:-1]) * units[text[-1]]) * 1000)
     try:
-        moment = datetime.fromisoformat(text)
+        return parse_time_ms(text)
     except ValueError:
         msg = f"--since {text}: expected a time such as 2026-01-31T12:00:00Z, or a span such as 90m, 6h or 7d"
         raise ConfigError(msg) from None
-    aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-    return int(aware.timestamp() * 1000)
 
 
 def _messages(

@@ -17,6 +17,7 @@ import pyarrow as pa
 from feast import FeatureStore
 
 from headrace.chains import Standing
+from headrace.conform import Rows
 from headrace.errors import LostRaceError
 from headrace.faults import reached
 from headrace.materialize import apply_newest
@@ -119,8 +120,9 @@ class _ViewReplay:
         """Try some letters, and bring what is accepted to both stores."""
         whole = [letter for letter in letters if self._is_whole(letter)]
         origins = self._origins(whole)
-        whole, origins = self._open(whole, origins)
-        judged = judge(self._view, self._decoder, [letter.value for letter in whole], self._max_skew_seconds)
+        rows = self._open(origins)
+        origins = origins.take(rows)
+        judged = judge(self._view, self._decoder, [whole[row].value for row in rows], self._max_skew_seconds)
         self._outcome.skipped += judged.skipped
         self._outcome.rejected.update(reject.reason.value for reject in judged.rejects)
         accepted = origins.take(judged.rows)
@@ -149,12 +151,11 @@ class _ViewReplay:
             np.array([letter.origin_offset for letter in letters], dtype=np.int64),
         )
 
-    def _open(self, letters: list[StoredLetter], origins: Origins) -> tuple[list[StoredLetter], Origins]:
-        """Those that nothing stands against; the others are counted."""
+    def _open(self, origins: Origins) -> Rows:
+        """The rows that nothing stands against; the others are counted."""
         standings = self._ledger.standings(origins)
         self._outcome.left.update(standing.value for standing in standings if standing is not Standing.OPEN)
-        rows = np.array([i for i, standing in enumerate(standings) if standing is Standing.OPEN], dtype=np.int64)
-        return [letters[i] for i in rows], origins.take(rows)
+        return np.flatnonzero([standing is Standing.OPEN for standing in standings]).astype(np.int64)
 
     def _bring(self, table: pa.Table, origins: Origins) -> None:
         """Append and write online; who loses the race looks again at what is left."""
@@ -164,9 +165,7 @@ class _ViewReplay:
                 self._ledger.append(table, origins, transform_hash=transform.hash if transform is not None else None)
             except LostRaceError:
                 self._catch_up()
-                standings = self._ledger.standings(origins)
-                self._outcome.left.update(s.value for s in standings if s is not Standing.OPEN)
-                rows = np.array([i for i, s in enumerate(standings) if s is Standing.OPEN], dtype=np.int64)
+                rows = self._open(origins)
                 table, origins = table.take(pa.array(rows)), origins.take(rows)
                 continue
             reached("replay.1.appended")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from datetime import UTC, datetime
 
 from headrace.chains import StreamLedger
 from headrace.errors import ConfigError, LostRaceError
-from streaming.broker import Broker
+from streaming.broker import Broker, parse_time_ms
 from streaming.settings import StreamConfig
 
 
@@ -93,9 +92,8 @@ def _starts(broker: Broker, topic: str, partitions: int, at: str) -> Mapping[int
         committed = broker.group_offsets(topic, partitions)
         return {number: committed.get(number, log.earliest) for number, log in logs.items()}
     try:
-        moment = datetime.fromisoformat(at)
+        time_ms = parse_time_ms(at)
     except ValueError:
         msg = f"--at {at}: expected earliest, latest, group, or a time such as 2026-01-31T12:00:00Z"
         raise ConfigError(msg) from None
-    aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-    return broker.offsets_at(topic, partitions, int(aware.timestamp() * 1000))
+    return broker.offsets_at(topic, partitions, time_ms)

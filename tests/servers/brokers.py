@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Self
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from tests.servers.process import Server, ServerError, UnavailableError, free_port, is_listening
+from tests.servers.process import Server, ServerError, Startable, UnavailableError, free_port, is_listening
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from types import TracebackType
 
     from tests.servers.proxy import Proxy
 
@@ -194,7 +193,7 @@ class Kafka(Server):
         draft.rename(self._properties)
 
 
-class KafkaCluster:
+class KafkaCluster(Startable):
     """Brokers that are controllers too, in one KRaft cluster: any one may be lost, and the others go on.
 
     Args:
@@ -240,18 +239,6 @@ class KafkaCluster:
         for node in self.nodes:
             node.kill()
             node.close()
-
-    def __enter__(self) -> Self:
-        try:
-            return self.start()
-        except BaseException:
-            self.close()
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def fetch_jars() -> Path:

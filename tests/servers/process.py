@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -44,7 +45,31 @@ def is_listening(port: int) -> bool:
     return False
 
 
-class Server:
+class Startable(ABC):
+    """What is started by a context, and closed by its end; also where it did not start."""
+
+    @abstractmethod
+    def start(self) -> Self:
+        """Start, and return when it serves."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop, and leave nothing behind."""
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Server(Startable):
     """A process with a folder of its own, that keeps its address and data over a restart.
 
     Subclasses say how to start it (`command`) and when it serves (`is_ready`). `start` and `stop` may be
@@ -134,18 +159,6 @@ class Server:
         """Stop the process and remove its folder."""
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        try:
-            return self.start()
-        except BaseException:
-            self.close()
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _end(self, sign: signal.Signals) -> None:
         process, self._process = self._process, None

