@@ -12,16 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import pyarrow as pa
-from feast import FeatureStore
 
 from headrace.chains import StreamEnd, StreamLedger
 from headrace.errors import (
@@ -32,26 +29,15 @@ from headrace.errors import (
     LostRaceError,
     TransientError,
 )
-from headrace.materialize import apply_newest
-from headrace.online import server_ids, write_online
-from headrace.repository import open_store
-from streaming.broker import Broker, Log, client_config
-from streaming.deadletters import DeadLetterWriter, Letter
+from streaming.broker import Broker, Log
 from streaming.formats import decoder_of
 from streaming.health import Fault, Health, Kind
-from streaming.lane import (
-    SERVERS_AGE_S,
-    Budget,
-    Int64s,
-    Lane,
-    Pools,
-    StoreDownError,
-    TopicReplacedError,
-    replaced,
-)
+from streaming.lane import Budget, Lane, StoreDownError, TopicReplacedError, replaced
 from streaming.settings import StreamConfig, View, schema_registry
 from streaming.share import DeadLetterShareError, LetterShare
 from streaming.slices import Position, Slice, TopicPartition
+from streaming.stores import Pools, RealStores
+from streaming.view_steps import ViewSteps
 
 logger = logging.getLogger(__name__)
 
@@ -117,47 +103,6 @@ class Run:
     resynced_s: float = 0.0
 
 
-class RealStores:
-    """Kafka's dead letters, the Feast stores, the broker. Each part is used by one thread of `Pools`."""
-
-    def __init__(self, config: StreamConfig, broker: Broker) -> None:
-        self._config = config
-        self._broker = broker
-        self._feast: FeatureStore | None = None
-        self._letters: DeadLetterWriter | None = None
-        self._servers: tuple[float, tuple[str, ...]] | None = None
-
-    def write_letters(self, letters: Sequence[Letter]) -> None:
-        """See `Stores`."""
-        if self._letters is None:
-            self._letters = DeadLetterWriter(client_config(self._config), self._config.settings.broker_timeout_seconds)
-        self._letters.write(letters)
-
-    def write_online(self, view: View, table: pa.Table, epoch: int, partition: int, offsets: Int64s) -> int:
-        """See `Stores`."""
-        return write_online(self._store(), view.contract, table, epoch=epoch, partition=partition, offsets=offsets)
-
-    def server_ids(self) -> tuple[str, ...]:
-        """See `Stores`. Asked once for all lanes."""
-        now_s = time.monotonic()
-        if self._servers is None or now_s - self._servers[0] > SERVERS_AGE_S:
-            self._servers = now_s, server_ids(self._store())
-        return self._servers[1]
-
-    def apply_recent(self, view: View, paths: Sequence[Path]) -> int:
-        """See `Stores`."""
-        return apply_newest(self._store(), view.contract, paths)[1]
-
-    def topic_id(self, topic: str, not_before_s: float) -> str | None:
-        """See `Stores`."""
-        return self._broker.topic_id(topic, not_before_s)
-
-    def _store(self) -> FeatureStore:
-        if self._feast is None:
-            self._feast = open_store(self._config.settings.feature_repo)
-        return self._feast
-
-
 class StreamIntake:
     """See the module.
 
@@ -184,18 +129,23 @@ class StreamIntake:
         self._runs: dict[TopicPartition, Run] = {}
         self._committed: dict[TopicPartition, int] = {}
         registry = schema_registry(config.settings)
-        self._decoders = {
-            view.contract.name: decoder_of(view.contract, registry) for views in config.views.values() for view in views
+        self._steps = {
+            view.contract.name: ViewSteps(
+                view,
+                decoder_of(view.contract, registry),
+                self._stores,
+                self._pools,
+                health,
+                config.settings,
+                LetterShare(view.contract.name, config.settings),
+            )
+            for views in config.views.values()
+            for view in views
         }
         self._stopped: dict[tuple[str, str], str] = {}
         self._passing: set[tuple[str, str]] = set()
         self._behind: dict[tuple[TopicPartition, str], str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._shares = {
-            view.contract.name: LetterShare(view.contract.name, self._settings)
-            for views in config.views.values()
-            for view in views
-        }
         health.gauges.source = self._gauges
         health.gauges.in_flight = lambda: (self._room.used, self._room.limit)
         health.gauges.assigned = lambda: len(self._runs)
@@ -297,6 +247,7 @@ class StreamIntake:
             for lane in run.lanes
             if lane.stands_still_s() > stalled_s
         ]
+        shares = [steps.share for steps in self._steps.values()]
         stopped = [f"{name} is left out of topic `{topic}`: {why}" for (topic, name), why in self._stopped.items()]
         return [
             *(Fault(Kind.STEP_FAILING, text) for text in failing),
@@ -304,7 +255,7 @@ class StreamIntake:
             *(Fault(Kind.CONSUMER, text) for text in self._silent()),
             *(Fault(Kind.VIEW_LEFT_OUT, text) for text in stopped),
             *(Fault(Kind.VIEW_BEHIND, text) for text in self._behind.values()),
-            *(Fault(Kind.DEAD_LETTERS, share.fault) for share in self._shares.values() if share.fault is not None),
+            *(Fault(Kind.DEAD_LETTERS, share.fault) for share in shares if share.fault is not None),
         ]
 
     def close(self) -> None:
@@ -469,18 +420,16 @@ class StreamIntake:
         self, view: View, partition: TopicPartition, ledger: StreamLedger, end: StreamEnd, present: str | None
     ) -> Lane:
         return Lane(
-            view,
+            self._steps[view.contract.name],
             partition,
             start=end,
             topic_id=present or end.topic_id,
             ledger=ledger,
-            decoder=self._decoders[view.contract.name],
             stores=self._stores,
             pools=self._pools,
             budget=self._room,
             health=self._health,
             settings=self._settings,
-            share=self._shares[view.contract.name],
             on_fault=self._lane_fault,
         )
 

@@ -17,32 +17,22 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
-
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
+from typing import Any, TypeVar
 
 from headrace.chains import StreamEnd, StreamLedger
-from headrace.conform import Reject
 from headrace.errors import LostRaceError, TerminalError
-from streaming.deadletters import Letter
-from streaming.formats import Decoder
-from streaming.health import OFFLINE, ONLINE, Health
-from streaming.judgement import judge
-from streaming.settings import StreamSettings, View
-from streaming.share import DeadLetterShareError, LetterShare
-from streaming.slices import Record, Slice, TopicPartition
+from streaming.batches import Batch, Fetched, Gathering
+from streaming.health import OFFLINE, Health
+from streaming.settings import StreamSettings
+from streaming.share import DeadLetterShareError
+from streaming.slices import Slice, TopicPartition
+from streaming.stores import SERVERS_AGE_S, Pools, Stores
+from streaming.view_steps import ViewSteps, measured
 
 logger = logging.getLogger(__name__)
-
-SERVERS_AGE_S = 5.0
-"""How old the ids of the online servers may be. Old ones are safe: they differ if the store has forgotten since."""
 
 SLOW_S = 3.0
 """After this long without an answer a step counts as failing."""
@@ -60,31 +50,11 @@ BACKLOG_WAIT_S = 0.05
 WORTH_A_FILE = 0.1
 """Of `append_rows`: so many rows are appended at once where the log has no more."""
 
-Int64s = npt.NDArray[np.int64]
 Result = TypeVar("Result")
 
 
 class TopicReplacedError(TerminalError):
     """The topic was deleted and made anew: its offsets are not those of the ledger."""
-
-
-class Stores(Protocol):
-    """The blocking calls that a lane makes, each in a thread that the lane chooses."""
-
-    def write_letters(self, letters: Sequence[Letter]) -> None:
-        """Return when the broker has them."""
-
-    def write_online(self, view: View, table: pa.Table, epoch: int, partition: int, offsets: Int64s) -> int:
-        """Newest wins; how many keys were written."""
-
-    def server_ids(self) -> tuple[str, ...]:
-        """The ids of the online servers, at most `SERVERS_AGE_S` old."""
-
-    def apply_recent(self, view: View, paths: Sequence[Path]) -> int:
-        """Write online what some segments hold, newest wins; how many keys were written."""
-
-    def topic_id(self, topic: str, not_before_s: float) -> str | None:
-        """The topic's id, as heard after a moment of the monotonic clock."""
 
 
 class Budget:
@@ -134,78 +104,6 @@ class Budget:
         return True
 
 
-@dataclass(frozen=True)
-class Pools:
-    """The threads: one a kind of work, so that each store sees one caller and its objects stay on one thread."""
-
-    decode: Executor
-    letters: Executor
-    online: Executor
-    offline: Executor
-
-
-@dataclass
-class Batch:
-    """Records of `[first, next)` on their way."""
-
-    first: int
-    next: int
-    table: pa.Table
-    offsets: Int64s
-    produced_ms: Int64s
-    letters: list[Letter]
-    skipped: int
-    size: int
-    fetched_s: float
-    rejected: int = 0
-    servers: tuple[str, ...] = ()
-    left: int = 0
-
-    @classmethod
-    def merge(cls, batches: Sequence[Batch]) -> Batch:
-        """Several batches that follow each other, as one. The oldest server ids stay, which is the safe choice."""
-        if len(batches) == 1:
-            return batches[0]
-        return cls(
-            first=batches[0].first,
-            next=batches[-1].next,
-            table=pa.concat_tables([b.table for b in batches]),
-            offsets=np.concatenate([b.offsets for b in batches]),
-            produced_ms=np.concatenate([b.produced_ms for b in batches]),
-            letters=[],
-            skipped=sum(b.skipped for b in batches),
-            size=sum(b.size for b in batches),
-            fetched_s=batches[0].fetched_s,
-            rejected=sum(b.rejected for b in batches),
-            servers=batches[0].servers,
-            left=batches[-1].left,
-        )
-
-
-@dataclass
-class Gathering:
-    """Batches that are online and wait to be appended together."""
-
-    batches: list[Batch] = field(default_factory=list)
-    rows: int = 0
-    size: int = 0
-
-    def add(self, batch: Batch) -> None:
-        """Add the batch that follows."""
-        if self.batches and self.batches[-1].next != batch.first:
-            msg = f"batch {batch.first} does not follow {self.batches[-1].next}"
-            raise AssertionError(msg)
-        self.batches.append(batch)
-        self.rows += batch.table.num_rows
-        self.size += batch.size
-
-    def wait_s(self, now_s: float, append_seconds: float) -> float | None:
-        """How long the append may wait; None for ever."""
-        if not self.batches:
-            return None
-        return max(0.0, self.batches[0].fetched_s + append_seconds - now_s)
-
-
 class Lane:
     """See the module.
 
@@ -217,38 +115,35 @@ class Lane:
 
     def __init__(
         self,
-        view: View,
+        steps: ViewSteps,
         partition: TopicPartition,
         *,
         start: StreamEnd,
         topic_id: str | None,
         ledger: StreamLedger,
-        decoder: Decoder,
         stores: Stores,
         pools: Pools,
         budget: Budget,
         health: Health,
         settings: StreamSettings,
-        share: LetterShare,
         on_fault: Callable[[Lane, BaseException], None],
     ) -> None:
-        self.view = view
+        self.view = steps.view
+        self._steps = steps
         self.partition = partition
         self.end = start.end
         self.epoch = start.epoch
         self._topic_id = topic_id
         self._ledger = ledger
-        self._decoder = decoder
         self._stores = stores
         self._pools = pools
         self._budget = budget
         self._health = health
         self._settings = settings
-        self._share = share
         self._on_fault = on_fault
-        fields = {"view": view.contract.name, **partition._asdict()}
+        fields = {"view": self.view.contract.name, **partition._asdict()}
         self._log = logging.LoggerAdapter(logger, fields)
-        self._name = view.contract.name
+        self._name = self.view.contract.name
         self._taken = start.end
         self._outstanding = 0
         self._moved_s = time.monotonic()
@@ -258,8 +153,8 @@ class Lane:
         self._inbox: asyncio.Queue[Slice | None] = asyncio.Queue()
         self._decoded: asyncio.Queue[Batch | None] = asyncio.Queue(WAITING_BATCHES)
         self._online: asyncio.Queue[Batch | None] = asyncio.Queue()
-        steps = (self._decode_step, self._online_step, self._append_step)
-        self._tasks = [asyncio.create_task(self._guarded(step)) for step in steps]
+        tasks = (self._decode_step, self._online_step, self._append_step)
+        self._tasks = [asyncio.create_task(self._guarded(task)) for task in tasks]
         self._is_faulty = False
 
     def put(self, piece: Slice) -> None:
@@ -340,15 +235,17 @@ class Lane:
         while True:
             pieces, is_last = await self._gathered()
             if pieces:
-                count = sum(len(piece.records) for piece in pieces)
+                records = [record for piece in pieces for record in piece.records]
+                fetched = Fetched(self._name, self.partition, self.epoch, self._topic_id, pieces, records)
                 # A decoder may have to ask a schema registry. It counts nothing before that, so a repeat does no harm.
-                batch = await self._insist("decode", self._pools.decode, partial(self._decode, pieces), count)
-                if self._share.fault is not None and self._settings.dead_letter_stop:
-                    msg = f"{self._share.fault}; HEADRACE_DEAD_LETTER_STOP=true: nothing of this batch was written"
+                batch = await self._insist("decode", partial(self._steps.decode, fetched))
+                share = self._steps.share
+                if share.fault is not None and self._settings.dead_letter_stop:
+                    msg = f"{share.fault}; HEADRACE_DEAD_LETTER_STOP=true: nothing of this batch was written"
                     raise DeadLetterShareError(msg)
                 if batch.letters:
                     writing = partial(self._stores.write_letters, batch.letters)
-                    await self._insist("dead_letters", self._pools.letters, writing, len(batch.letters))
+                    await self._insist("dead_letters", self._timed("dead_letters", writing, len(batch.letters)))
                 batch.letters = []
                 await self._decoded.put(batch)
             if is_last:
@@ -399,18 +296,10 @@ class Lane:
                 merged = Batch.merge(waiting)
                 merged.servers = self._servers
                 self._unappended.append(merged)
-                await self._bring(merged)
+                if merged.table.num_rows:
+                    await self._insist("online", partial(self._steps.write_online, merged))
                 self._online.put_nowait(merged)
         self._online.put_nowait(None)
-
-    async def _bring(self, batch: Batch) -> None:
-        rows = batch.table.num_rows
-        if rows:
-            keys = await self._insist("online", self._pools.online, partial(self._write_online, batch), rows)
-            self._health.online_rows.labels(self._name).inc(rows)
-            self._health.online_bytes.labels(self._name).inc(batch.table.nbytes)
-            self._health.keys.labels(self._name).inc(keys)
-            self._health.succeeded(self._name, ONLINE, batch.produced_ms)
 
     async def _look_at_servers(self) -> None:
         """Where the online servers are not those of before, bring what they may have forgotten.
@@ -419,28 +308,29 @@ class Lane:
         """
         if time.monotonic() - self._looked_s < SERVERS_AGE_S:
             return
-        present = await self._insist("online", self._pools.online, self._stores.server_ids)
+        present = await self._insist("online", self._in(self._pools.online, self._stores.server_ids))
         self._looked_s = time.monotonic()
         former, self._servers = self._servers, present
         if former in ((), present):
             return
-        segments, written = await self._insist("online", self._pools.online, lambda: self._apply_recent(present))
-        for batch in self._unappended:
-            if batch.table.num_rows:
-                written += await self._insist("online", self._pools.online, partial(self._write_online, batch))
+        again = [batch for batch in self._unappended if batch.table.num_rows]
+        segments, written = await self._insist(
+            "online", self._in(self._pools.online, lambda: self._apply_again(present, again))
+        )
         self._log.warning(
             "%s: the online servers are not those of before and may have forgotten: %d recent segments and %d batches "
             "were applied again, %d keys were not there",
             self.label,
             segments,
-            len(self._unappended),
+            len(again),
             written,
         )
 
-    def _apply_recent(self, present: tuple[str, ...]) -> tuple[int, int]:
+    def _apply_again(self, present: tuple[str, ...], batches: Sequence[Batch]) -> tuple[int, int]:
         """How many segments were applied again, and how many keys were not there. Lists anew when it is repeated."""
         paths = self._ledger.recent(self.epoch, present, self._settings.apply_again_seconds)
-        return len(paths), self._stores.apply_recent(self.view, paths)
+        written = self._stores.apply_recent(self.view, paths)
+        return len(paths), written + (self._stores.write_online(self.view, batches) if batches else 0)
 
     async def _append_step(self) -> None:
         gathering = Gathering()
@@ -469,7 +359,9 @@ class Lane:
     async def _append(self, batch: Batch) -> None:
         path = None
         if batch.next > batch.first:
-            path = await self._insist("offline", self._pools.offline, lambda: self._commit(batch), batch.table.num_rows)
+            path = await self._insist(
+                "offline", self._timed("offline", partial(self._commit, batch), batch.table.num_rows)
+            )
         self.end = batch.next
         self._moved_s = time.monotonic()
         self._unappended = [one for one in self._unappended if one.next > batch.next]
@@ -489,41 +381,6 @@ class Lane:
             batch.skipped,
         )
 
-    def _decode(self, pieces: list[Slice]) -> Batch:
-        """Slices that follow each other to columns. Pure but for the clock and what a schema registry says."""
-        records: list[Record] = [record for piece in pieces for record in piece.records]
-        values = [record.value for record in records]
-        judged = judge(self.view, self._decoder, values, self._settings.max_skew_seconds)
-        offsets = np.fromiter((record.offset for record in records), np.int64, len(records))
-        produced = np.fromiter((record.timestamp or 0 for record in records), np.int64, len(records))
-        self._count(len(records), len(judged.rows), judged.rejects, judged.skipped)
-        self._share.note(len(judged.rows) + len(judged.rejects), judged.rejects)
-        origin = (self._name, self.partition, self._topic_id)
-        return Batch(
-            first=pieces[0].first,
-            next=pieces[-1].next,
-            table=judged.table,
-            offsets=offsets[judged.rows],
-            produced_ms=produced[judged.rows],
-            letters=[Letter(*origin, records[reject.row], reject) for reject in judged.rejects],
-            skipped=judged.skipped,
-            size=sum(piece.size for piece in pieces),
-            fetched_s=pieces[0].fetched_s,
-            rejected=len(judged.rejects),
-            left=pieces[-1].left,
-        )
-
-    def _count(self, received: int, accepted: int, rejects: list[Reject], skipped: int) -> None:
-        health = self._health
-        health.received.labels(self._name).inc(received)
-        health.accepted.labels(self._name).inc(accepted)
-        health.skipped.labels(self._name).inc(skipped)
-        for reject in rejects:
-            health.rejected.labels(self._name, reject.reason.value).inc()
-
-    def _write_online(self, batch: Batch) -> int:
-        return self._stores.write_online(self.view, batch.table, self.epoch, self.partition.partition, batch.offsets)
-
     def _commit(self, batch: Batch) -> Any:
         present = self._stores.topic_id(self.partition.topic, batch.fetched_s)
         if present is not None and self._topic_id is not None and present != self._topic_id:
@@ -541,18 +398,15 @@ class Lane:
             transform_hash=self.view.transform.hash if self.view.transform is not None else None,
         )
 
-    async def _timed(self, step: str, pool: Executor, work: Callable[[], Result], rows: int | None = None) -> Result:
-        def measured() -> Result:
-            begun = time.perf_counter()
-            result = work()
-            if rows is not None:
-                self._health.steps.labels(self._name, step).observe(time.perf_counter() - begun)
-                self._health.batches.labels(self._name, step).observe(rows)
-            return result
+    def _timed(self, step: str, work: Callable[[], Result], rows: int) -> Callable[[], Awaitable[Result]]:
+        pool = self._pools.letters if step == "dead_letters" else self._pools.offline
+        return self._in(pool, partial(measured, self._health, self._name, step, rows, work))
 
-        return await asyncio.get_running_loop().run_in_executor(pool, measured)
+    @staticmethod
+    def _in(pool: Executor, work: Callable[[], Result]) -> Callable[[], Awaitable[Result]]:
+        return lambda: asyncio.get_running_loop().run_in_executor(pool, work)
 
-    async def _insist(self, step: str, pool: Executor, work: Callable[[], Result], rows: int | None = None) -> Result:
+    async def _insist(self, step: str, ask: Callable[[], Awaitable[Result]]) -> Result:
         """Do the work, again and again with growing pauses while it fails for a reason that may pass.
 
         Raises:
@@ -564,7 +418,7 @@ class Lane:
         deadline = time.monotonic() + self._settings.store_retry_seconds
         while True:
             try:
-                result = await self._once(key, deadline, asyncio.ensure_future(self._timed(step, pool, work, rows)))
+                result = await self._once(key, deadline, asyncio.ensure_future(ask()))
             except (LostRaceError, TerminalError):
                 raise
             except Exception as error:
@@ -581,13 +435,16 @@ class Lane:
 
     async def _once(self, key: tuple[str, str], deadline: float, call: asyncio.Future[Result]) -> Result:
         """Wait for one try; tell of it when it takes long, and do not wait beyond the bound."""
-        while True:
-            done, _ = await asyncio.wait({call}, timeout=SLOW_S)
-            if done:
-                return call.result()
-            self._fails(key, f"no answer for more than {SLOW_S:g} s")
-            if time.monotonic() > deadline:
-                raise StoreDownError(self._down(key, "no answer"))
+        try:
+            while True:
+                done, _ = await asyncio.wait({call}, timeout=SLOW_S)
+                if done:
+                    return call.result()
+                self._fails(key, f"no answer for more than {SLOW_S:g} s")
+                if time.monotonic() > deadline:
+                    raise StoreDownError(self._down(key, "no answer"))
+        finally:
+            call.cancel()  # what no thread has begun is not begun
 
     def _fails(self, key: tuple[str, str], why: str) -> None:
         self._health.retries.labels(self._name, key[1]).inc()

@@ -20,13 +20,16 @@ import pytest
 from headrace.chains import Folder, StreamLedger, accepted_offsets
 from headrace.conform import Reason, Reject
 from headrace.errors import LostRaceError, TerminalError
+from streaming.batches import Batch, Int64s
 from streaming.deadletters import Letter
 from streaming.decode import JsonDecoder
 from streaming.health import Health
-from streaming.lane import Budget, Int64s, Lane, Pools, StoreDownError, TopicReplacedError
+from streaming.lane import Budget, Lane, StoreDownError, TopicReplacedError
 from streaming.settings import StreamSettings, View
 from streaming.share import LetterShare
 from streaming.slices import Position, Record, Slice, TopicPartition, Unread
+from streaming.stores import Pools
+from streaming.view_steps import ViewSteps
 from tests.streaming.test_decode import VIEW, changed
 
 PARTITION = TopicPartition("topic", 0)
@@ -61,8 +64,11 @@ class FakeStores:
         self.fail("letters")
         self.letters += [letter.record.offset for letter in letters]
 
-    def write_online(self, view: View, table: pa.Table, epoch: int, partition: int, offsets: Int64s) -> int:
+    def write_online(self, view: View, batches: Sequence[Batch]) -> int:
         self.fail("online")
+        return sum(self._write(batch.table, batch.offsets) for batch in batches)
+
+    def _write(self, table: pa.Table, offsets: Int64s) -> int:
         for key, offset in zip(table.column("id").to_pylist(), offsets.tolist(), strict=True):
             self.online[key] = max(offset, self.online.get(key, -1))
         return len(offsets)
@@ -74,7 +80,7 @@ class FakeStores:
     def apply_recent(self, view: View, paths: Sequence[Path]) -> int:
         self.fail("recent")
         tables = [(pq.read_table(path), accepted_offsets(path)) for path in paths]
-        return sum(self.write_online(view, table, 0, 0, offsets) for table, offsets in tables)
+        return sum(self._write(table, offsets) for table, offsets in tables)
 
     def topic_id(self, topic: str, not_before_s: float) -> str | None:
         self.fail("topic")
@@ -106,22 +112,22 @@ class Bench:
         self.ledger = StreamLedger(self.view.contract, *PARTITION)
         self.faults: list[BaseException] = []
         self.pools = Pools(*(ThreadPoolExecutor(1) for _ in range(4)))
+        decoder = JsonDecoder(self.view.contract)
+        self.steps = ViewSteps(self.view, decoder, self.stores, self.pools, self.health, self.settings, self.share)
 
     def lane(self) -> Lane:
         start = self.ledger.end()
         return Lane(
-            self.view,
+            self.steps,
             PARTITION,
             start=start,
             topic_id="id-1",
             ledger=self.ledger,
-            decoder=JsonDecoder(self.view.contract),
             stores=self.stores,
             pools=self.pools,
             budget=self.budget,
             health=self.health,
             settings=self.settings,
-            share=self.share,
             on_fault=lambda lane, error: self.faults.append(error),
         )
 

@@ -1,0 +1,98 @@
+"""The blocking calls of the stream: to the stores and the broker, and the threads they are made in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+from feast import FeatureStore
+
+from headrace.encode import Origin, stream_tails
+from headrace.materialize import apply_newest
+from headrace.online import server_ids, write_online
+from headrace.repository import open_store
+from streaming.batches import Batch
+from streaming.broker import Broker, client_config
+from streaming.deadletters import DeadLetterWriter, Letter
+from streaming.settings import StreamConfig, View
+
+SERVERS_AGE_S = 5.0
+"""How old the ids of the online servers may be. Old ones are safe: they differ if the store has forgotten since."""
+
+
+class Stores(Protocol):
+    """The blocking calls that a lane makes, each in a thread that the lane chooses."""
+
+    def write_letters(self, letters: Sequence[Letter]) -> None:
+        """Return when the broker has them."""
+
+    def write_online(self, view: View, batches: Sequence[Batch]) -> int:
+        """Newest wins; how many keys were written. The batches may be of several partitions."""
+
+    def server_ids(self) -> tuple[str, ...]:
+        """The ids of the online servers, at most `SERVERS_AGE_S` old."""
+
+    def apply_recent(self, view: View, paths: Sequence[Path]) -> int:
+        """Write online what some segments hold, newest wins; how many keys were written."""
+
+    def topic_id(self, topic: str, not_before_s: float) -> str | None:
+        """The topic's id, as heard after a moment of the monotonic clock."""
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The threads: one a kind of work, so that each store sees one caller and its objects stay on one thread."""
+
+    decode: Executor
+    letters: Executor
+    online: Executor
+    offline: Executor
+
+
+class RealStores:
+    """Kafka's dead letters, the Feast stores, the broker. Each part is used by one thread of `Pools`."""
+
+    def __init__(self, config: StreamConfig, broker: Broker) -> None:
+        self._config = config
+        self._broker = broker
+        self._feast: FeatureStore | None = None
+        self._letters: DeadLetterWriter | None = None
+        self._servers: tuple[float, tuple[str, ...]] | None = None
+
+    def write_letters(self, letters: Sequence[Letter]) -> None:
+        """See `Stores`."""
+        if self._letters is None:
+            self._letters = DeadLetterWriter(client_config(self._config), self._config.settings.broker_timeout_seconds)
+        self._letters.write(letters)
+
+    def write_online(self, view: View, batches: Sequence[Batch]) -> int:
+        """See `Stores`."""
+        tails = [stream_tails(Origin(batch.epoch, batch.partition, batch.offsets)) for batch in batches]
+        table = pa.concat_tables([batch.table for batch in batches])
+        return write_online(self._store(), view.contract, table, tails=np.concatenate(tails))
+
+    def server_ids(self) -> tuple[str, ...]:
+        """See `Stores`. Asked once for all lanes."""
+        now_s = time.monotonic()
+        if self._servers is None or now_s - self._servers[0] > SERVERS_AGE_S:
+            self._servers = now_s, server_ids(self._store())
+        return self._servers[1]
+
+    def apply_recent(self, view: View, paths: Sequence[Path]) -> int:
+        """See `Stores`."""
+        return apply_newest(self._store(), view.contract, paths)[1]
+
+    def topic_id(self, topic: str, not_before_s: float) -> str | None:
+        """See `Stores`."""
+        return self._broker.topic_id(topic, not_before_s)
+
+    def _store(self) -> FeatureStore:
+        if self._feast is None:
+            self._feast = open_store(self._config.settings.feature_repo)
+        return self._feast

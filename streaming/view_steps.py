@@ -1,0 +1,97 @@
+"""The steps that the lanes of a view take together: decoding and writing online, several partitions in one call."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from streaming.batches import Batch, Fetched, batches_of
+from streaming.coalesce import Coalescer
+from streaming.formats import Decoder
+from streaming.health import ONLINE, Health
+from streaming.judgement import Judged, judge
+from streaming.settings import StreamSettings, View
+from streaming.share import LetterShare
+from streaming.stores import Pools, Stores
+
+Result = TypeVar("Result")
+
+
+class ViewSteps:
+    """See the module. Of the event loop; the work is done in the pools.
+
+    Args:
+        share: of the view's events that are turned away, noted here.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        decoder: Decoder,
+        stores: Stores,
+        pools: Pools,
+        health: Health,
+        settings: StreamSettings,
+        share: LetterShare,
+    ) -> None:
+        self.view = view
+        self.share = share
+        self._decoder = decoder
+        self._stores = stores
+        self._health = health
+        self._settings = settings
+        self._name = view.contract.name
+        most = settings.slice_records
+        self._decoding = Coalescer(pools.decode, self._decode, lambda one: len(one.records), most)
+        self._writing = Coalescer(pools.online, self._write_online, lambda one: one.table.num_rows, most)
+
+    def decode(self, fetched: Fetched) -> Awaitable[Batch]:
+        """Records to columns. Pure but for the clock, the counts, and what a schema registry says."""
+        return self._decoding.ask(fetched)
+
+    def write_online(self, batch: Batch) -> Awaitable[None]:
+        """Newest wins."""
+        return self._writing.ask(batch)
+
+    def _decode(self, fetched: Sequence[Fetched]) -> list[Batch]:
+        values = [record.value for one in fetched for record in one.records]
+
+        def decoded() -> tuple[Judged, list[Batch]]:
+            judged = judge(self.view, self._decoder, values, self._settings.max_skew_seconds)
+            return judged, batches_of(fetched, judged)
+
+        judged, batches = measured(self._health, self._name, "decode", len(values), decoded)
+        self._count(len(values), judged)
+        self.share.note(len(judged.rows) + len(judged.rejects), judged.rejects)
+        return batches
+
+    def _count(self, received: int, judged: Judged) -> None:
+        health, name = self._health, self._name
+        health.received.labels(name).inc(received)
+        health.accepted.labels(name).inc(len(judged.rows))
+        health.skipped.labels(name).inc(judged.skipped)
+        for reason, count in Counter(reject.reason.value for reject in judged.rejects).items():
+            health.rejected.labels(name, reason).inc(count)
+
+    def _write_online(self, batches: Sequence[Batch]) -> list[None]:
+        rows = sum(batch.table.num_rows for batch in batches)
+        health, name = self._health, self._name
+        keys = measured(health, name, "online", rows, lambda: self._stores.write_online(self.view, batches))
+        health.online_rows.labels(name).inc(rows)
+        health.online_bytes.labels(name).inc(sum(batch.table.nbytes for batch in batches))
+        health.keys.labels(name).inc(keys)
+        health.succeeded(name, ONLINE, np.concatenate([batch.produced_ms for batch in batches]))
+        return [None] * len(batches)
+
+
+def measured(health: Health, view: str, step: str, rows: int, work: Callable[[], Result]) -> Result:
+    """Do it, and note how long it took if it did not fail."""
+    begun = time.perf_counter()
+    result = work()
+    health.steps.labels(view, step).observe(time.perf_counter() - begun)
+    health.batches.labels(view, step).observe(rows)
+    return result
