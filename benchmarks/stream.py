@@ -58,7 +58,7 @@ SAMPLES = 500
 LEAST = 10_000
 """The fewest events of a load, at whatever scale."""
 
-WARM_UP_S, STEADY_S = 5.0, 30.0
+WARM_UP_S, STEADY_S = 15.0, 30.0
 PROBES_A_SECOND = 20
 STEADY_TIMEOUT_S = 120.0
 BOUND_RATE, STEADY_BOUND_S = 10_000, 0.1

@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Generic, TypeVar
 
+COMPANY_S = 0.002
+"""How long a call waits for requests beside the first: what one fetch brought is asked for within less."""
+
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
@@ -51,6 +54,8 @@ class Coalescer(Generic[Request, Answer]):
     async def _work(self) -> None:
         try:
             while self._waiting:
+                if sum(self._rows(request) for request, _ in self._waiting) < self._most:
+                    await asyncio.sleep(COMPANY_S)
                 await self._answer(self._next())
         finally:
             self._task = None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
@@ -335,8 +336,10 @@ class Lane:
     async def _append_step(self) -> None:
         gathering = Gathering()
         is_last = False
+        # The partitions of an assignment begin together; that they append together would hold up what is to be served.
+        patience_s = self._settings.append_seconds * random.random()  # noqa: S311 - no secret
         while not is_last:
-            wait_s = gathering.wait_s(time.monotonic(), self._settings.append_seconds)
+            wait_s = gathering.wait_s(time.monotonic(), patience_s)
             try:
                 async with asyncio.timeout(wait_s):
                     batch = await self._online.get()
@@ -355,6 +358,7 @@ class Lane:
             if is_due and gathering.batches:
                 await self._append(Batch.merge(gathering.batches))
                 gathering = Gathering()
+                patience_s = self._settings.append_seconds
 
     async def _append(self, batch: Batch) -> None:
         path = None

@@ -26,8 +26,14 @@ from streaming.records import install
 from streaming.slices import Slice, TopicPartition
 
 FETCH_WAIT_MS = 250
-"""How long a broker may hold a fetch. A partition that was not in the fetch waits as long."""
+"""How long a broker may hold a fetch while nothing comes. A partition that was not in the fetch waits as long."""
 
+LINGER_MS = 15
+LINGER_BYTES = 1024 * 1024
+"""While events come, a fetch waits so long, or for so many bytes: few full ones are less work than many small ones."""
+
+CALM_S = 0.04
+"""After so long without events a fetch is answered with the first that comes."""
 
 FAREWELL_S = 3.0
 """How long the last commit may take, and leaving the group, which waits for a rebalance under way."""
@@ -73,6 +79,7 @@ class BulkThread(driver.AIOKafkaConsumerThread):
 
     logger = QUIET
     beat_s: float | None = None
+    _calm: asyncio.TimerHandle | None = None
 
     @faust.Service.task
     async def _beat(self) -> None:
@@ -123,6 +130,8 @@ class BulkThread(driver.AIOKafkaConsumerThread):
         except NoOffsetForPartitionError:
             # Of the moment between an assignment and the seek that follows each.
             return {}
+        if records:
+            self._linger(consumer._fetcher)
         now = time.monotonic()
         slices: dict[TP, list[Slice]] = {}
         for tp, state in self._states(consumer).items():
@@ -134,6 +143,17 @@ class BulkThread(driver.AIOKafkaConsumerThread):
                 left = max(0, (state.highwater or after) - after)
                 slices[tp] = [Slice(TopicPartition(*tp), first, after, found, size, now, left)]
         return slices
+
+    def _linger(self, fetcher: Any) -> None:
+        """Ask for more at once, until it is calm. Of the fetch that follows; none is under way where records came."""
+        fetcher._fetch_min_bytes, fetcher._fetch_max_wait_ms = LINGER_BYTES, LINGER_MS
+        if self._calm is not None:
+            self._calm.cancel()
+        self._calm = asyncio.get_running_loop().call_later(CALM_S, self._hurry, fetcher)
+
+    @staticmethod
+    def _hurry(fetcher: Any) -> None:
+        fetcher._fetch_min_bytes, fetcher._fetch_max_wait_ms = 1, FETCH_WAIT_MS
 
     async def _seek_wait(self, consumer: aiokafka.AIOKafkaConsumer, partitions: Mapping[TP, int]) -> None:
         """Where a partition begins it is not held, whatever was before in the same generation."""
