@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -282,9 +283,11 @@ def _write_block(client: Any, head: Sequence[bytes], keys: Sequence[bytes], colu
         How many rows were written.
     """
     packed, written = _PackedWrites.of(head, keys, columns), 0
+    chunks = list(_calls(_sizes(len(keys), columns), len(columns), _KEYS_A_TRANSACTION))
     with _connection(client) as connection:
-        for chunk in _calls(_sizes(len(keys), columns), len(columns), _KEYS_A_TRANSACTION):
-            done = _transact(connection, packed, keys[chunk], columns[0][chunk], chunk)
+        transactions = _Transactions(connection, packed, keys, columns[0])
+        for chunk, following in zip_longest(chunks, chunks[1:]):
+            done = transactions.write(chunk, following)
             if done is None:
                 (done,) = _call_chunk(client, scripts.WRITE, head, keys[chunk], [column[chunk] for column in columns])
             written += done
@@ -323,38 +326,84 @@ class _PackedWrites:
         )
 
 
-def _transact(
-    connection: Any, packed: _PackedWrites, keys: Sequence[bytes], orders: pa.Array, chunk: slice
-) -> int | None:
-    """What the script `WRITE` does, by commands of the server's own: at half the cost, and all rows or none.
+class _Transactions:
+    """What the script `WRITE` does, by commands of the server's own: at half the cost, and all rows of a chunk or none.
+
+    A chunk costs one round trip: with its transaction is sent what looks at the chunk that follows.
 
     Args:
-        packed: of the block.
-        keys, orders: of the chunk of it.
-
-    Returns:
-        How many rows were written; None where another changed one of the keys meanwhile and none was, and where the
-        server failed and it is not known.
+        connection: used by nobody else meanwhile.
+        packed, keys, orders: of all chunks.
     """
-    pack, writing, renewing = connection.pack_command, [True] * len(keys), [True] * len(keys)
-    try:
-        _, existing = _ask(connection, [*pack(b"WATCH", *keys), *pack(b"EXISTS", *keys)], 2)
-        if existing:
-            stored = _ask(connection, [as_bytes(packed.reads[chunk])], len(keys))
-            writing, renewing = map(list, zip(*map(_fate, stored, orders.to_pylist()), strict=True))
-        reached("write.1.compared")
-        changes = [
-            commands_of[chunk].filter(pa.array(rows))
-            for commands_of, rows in ((packed.writes, writing), (packed.removes, writing), (packed.expires, renewing))
-            if commands_of is not None
-        ]
-        packets = [*pack(b"MULTI"), *map(as_bytes, changes), *pack(b"EXEC")]
-        *_, done = _ask(connection, packets, 1 + sum(map(len, changes)) + 1)
-        reached("write.2.written")
-    except RedisError:
-        connection.disconnect()  # with what it watches, and the replies that were not read
-        return None
-    return None if done is None or any(isinstance(reply, Exception) for reply in done) else len(changes[0])
+
+    def __init__(self, connection: Any, packed: _PackedWrites, keys: Sequence[bytes], orders: pa.Array) -> None:
+        self._connection = connection
+        self._packed = packed
+        self._keys = keys
+        self._orders = orders
+        self._is_filling = False
+        self._unread = 0
+
+    def write(self, chunk: slice, following: slice | None) -> int | None:
+        """Write a chunk.
+
+        Args:
+            following: the chunk that is written next.
+
+        Returns:
+            How many rows were written; None where another changed one of the keys meanwhile and none was, and where the
+            server failed and it is not known.
+        """
+        pack = self._connection.pack_command
+        try:
+            if not self._unread:
+                self._look(chunk, [])
+            _, *seen = self._replies(self._unread)
+            changes = self._changes(chunk, self._stored(chunk, seen))
+            reached("write.1.compared")
+            packets = [*pack("MULTI"), *map(as_bytes, changes), *pack("EXEC")]
+            if following is None:
+                self._connection.send_packed_command(packets)
+            else:
+                self._look(following, packets)
+            *_, done = self._replies(1 + sum(map(len, changes)) + 1)
+            reached("write.2.written")
+        except RedisError:
+            self._connection.disconnect()  # with what it watches, and the replies that were not read
+            self._unread = 0
+            return None
+        return None if done is None or any(isinstance(reply, Exception) for reply in done) else len(changes[0])
+
+    def _look(self, chunk: slice, packets: list[Any]) -> None:
+        """Send these, watch a chunk, and ask what is stored: or if anything is, where nothing was of the one before."""
+        pack, keys = self._connection.pack_command, self._keys[chunk]
+        question = pack("EXISTS", *keys) if self._is_filling else [as_bytes(self._packed.reads[chunk])]
+        self._connection.send_packed_command([*packets, *pack("WATCH", *keys), *question])
+        self._unread = 1 + (1 if self._is_filling else len(keys))
+
+    def _stored(self, chunk: slice, seen: list[Any]) -> list[Any]:
+        """What is stored of a chunk, row by row; nothing if nothing is."""
+        if self._is_filling:
+            if seen == [0]:
+                return []
+            self._connection.send_packed_command([as_bytes(self._packed.reads[chunk])])
+            seen = self._replies(len(self._keys[chunk]))
+        self._is_filling = not any(ts is not None for ts, _ in seen)
+        return seen
+
+    def _changes(self, chunk: slice, stored: list[Any]) -> list[pa.Array]:
+        """The commands of a chunk, of the rows that are written; the first are the rows themselves."""
+        writing = renewing = [True] * len(self._keys[chunk])
+        if stored:
+            fates = map(_fate, stored, self._orders[chunk].to_pylist())
+            writing, renewing = map(list, zip(*fates, strict=True))
+        packed = self._packed
+        parts = ((packed.writes, writing), (packed.removes, writing), (packed.expires, renewing))
+        return [commands_of[chunk].filter(pa.array(rows)) for commands_of, rows in parts if commands_of is not None]
+
+    def _replies(self, count: int) -> list[Any]:
+        """The replies that come next; the first that is an error is raised."""
+        return [self._connection.read_response() for _ in range(count)]
 
 
 def _fate(stored: Sequence[bytes | None], order: bytes) -> tuple[bool, bool]:
@@ -379,12 +428,6 @@ def _connection(client: Any) -> Iterator[Any]:
         raise
     finally:
         pool.release(connection)
-
-
-def _ask(connection: Any, packets: Sequence[Any], replies: int) -> list[Any]:
-    """Send some commands at once and read their replies; the first that is an error is raised."""
-    connection.send_packed_command(packets)
-    return [connection.read_response() for _ in range(replies)]
 
 
 def _call_chunk(

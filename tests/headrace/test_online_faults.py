@@ -24,7 +24,7 @@ from feast.types import Int64
 from headrace import faults
 from headrace import sqlite as sqlite_module
 from headrace.contract import ViewContract
-from headrace.encode import encode
+from headrace.encode import encode, encode_keys
 from headrace.errors import ConfigError, TransientError
 from headrace.online import NewestWinsStore, online_store, server_ids, write_online
 from tests.headrace.views import EPOCH_US, applied, config, redis_online, rows, sqlite_online, view
@@ -128,20 +128,29 @@ def until(holds: Callable[[], Any], seconds: float = 30.0) -> None:
 
 
 @pytest.mark.parametrize("fault", ["newer", "older", "deleted", "flushed", "dropped", "another type"])
+@pytest.mark.parametrize("chunk", range(3))
 def test_redis_changes_between_comparing_and_writing(
-    tmp_path: Path, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch, fault: str
+    tmp_path: Path, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch, fault: str, chunk: int
 ) -> None:
+    """Of the first chunk, of one that was looked at together with the write of the one before, and of the last."""
     store, (contract,) = applied(tmp_path, redis_online(own_valkey.address), wide(3))
     client: Any = redis.Redis(port=own_valkey.port)
     table = many(contract, 500, 5)
     write_online(store, contract, many(contract, 500, 1))
     keys: list[bytes] = client.keys("*id*")
+    row, compared = 200 * chunk, 0
+    its_key = encode_keys(contract, table.slice(row, 1))[0].as_py() + store.project.encode()
 
     def interfere(step: str) -> None:
-        assert step == "write.1.compared"
+        nonlocal compared
+        if step != "write.1.compared":
+            return
+        compared += 1
+        if compared <= chunk:
+            return
         monkeypatch.setattr(faults, "hook", None)
         if fault in ("newer", "older"):
-            assert write_online(store, contract, many(contract, 1, 9 if fault == "newer" else 3)) == 1
+            assert write_online(store, contract, many(contract, 500, 9 if fault == "newer" else 3).slice(row, 1)) == 1
         elif fault == "deleted":
             client.delete(*keys)
         elif fault == "flushed":
@@ -149,19 +158,34 @@ def test_redis_changes_between_comparing_and_writing(
         elif fault == "dropped":
             client.client_kill_filter(_type="normal", skipme=True)
         else:
-            client.delete(keys[0])
-            client.set(keys[0], "not a hash")
+            client.delete(its_key)
+            client.set(its_key, "not a hash")
 
     monkeypatch.setattr(faults, "hook", interfere)
     if fault == "another type":
         with pytest.raises(TransientError, match="WRONGTYPE"):
             write_online(store, contract, table)
-        client.delete(keys[0])
+        client.delete(its_key)
     else:
         assert write_online(store, contract, table) == (499 if fault == "newer" else 500)
     assert write_online(store, contract, table) == (499 if fault == "newer" else 500)
-    assert versions(store, contract, many(contract, 1, 5)) == {EPOCH_US + (9 if fault == "newer" else 5)}
-    assert versions(store, contract, table.slice(1)) == {EPOCH_US + 5}
+    assert versions(store, contract, table.slice(row, 1)) == {EPOCH_US + (9 if fault == "newer" else 5)}
+    others = pa.concat_tables([table.slice(0, row), table.slice(row + 1)])
+    assert versions(store, contract, others) == {EPOCH_US + 5}
+
+
+def test_redis_is_filled_with_some_of_the_keys_there(tmp_path: Path, own_valkey: Valkey) -> None:
+    """Chunks of which nothing, some or all is stored, newer or older, in any order."""
+    store, (contract,) = applied(tmp_path, redis_online(own_valkey.address), wide(3))
+    old, mid, new = (many(contract, 2_000, at) for at in (1, 5, 9))
+    there = [*range(450, 460), *range(800, 1_300), 1_999]
+    newer = [455, *range(900, 1_000)]
+    assert write_online(store, contract, old.take(there)) == len(there)
+    assert write_online(store, contract, new.take(newer)) == len(newer)
+    assert write_online(store, contract, mid) == 2_000 - len(newer)
+    assert versions(store, contract, new.take(newer)) == {EPOCH_US + 9}
+    rest = sorted(set(range(2_000)) - set(newer))
+    assert versions(store, contract, mid.take(rest)) == {EPOCH_US + 5}
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "valkey"])
