@@ -74,12 +74,30 @@ class ForgetfulOffsets(dict[Any, Any]):
         return None
 
 
+class Linger:
+    """Fetches wait for more while events come, and are answered at once when it is calm. Of the thread's event loop."""
+
+    def __init__(self) -> None:
+        self._calm: asyncio.TimerHandle | None = None
+
+    def note(self, fetcher: Any) -> None:
+        """Events came. It holds for the next fetch: none is under way then."""
+        fetcher._fetch_min_bytes, fetcher._fetch_max_wait_ms = LINGER_BYTES, LINGER_MS
+        if self._calm is not None:
+            self._calm.cancel()
+        self._calm = asyncio.get_running_loop().call_later(CALM_S, self._end, fetcher)
+
+    @staticmethod
+    def _end(fetcher: Any) -> None:
+        fetcher._fetch_min_bytes, fetcher._fetch_max_wait_ms = 1, FETCH_WAIT_MS
+
+
 class BulkThread(driver.AIOKafkaConsumerThread):
     """The thread that talks to the broker."""
 
     logger = QUIET
     beat_s: float | None = None
-    _calm: asyncio.TimerHandle | None = None
+    _linger: Linger
 
     @faust.Service.task
     async def _beat(self) -> None:
@@ -92,6 +110,7 @@ class BulkThread(driver.AIOKafkaConsumerThread):
         conf = self.app.conf
         install(self.app.config.settings.in_flight_bytes)  # type: ignore[attr-defined]
         self._assignor = RoundRobinPartitionAssignor
+        self._linger = Linger()
         return aiokafka.AIOKafkaConsumer(
             client_id=conf.broker_client_id,
             group_id=conf.id,
@@ -131,7 +150,7 @@ class BulkThread(driver.AIOKafkaConsumerThread):
             # Of the moment between an assignment and the seek that follows each.
             return {}
         if records:
-            self._linger(consumer._fetcher)
+            self._linger.note(consumer._fetcher)
         now = time.monotonic()
         slices: dict[TP, list[Slice]] = {}
         for tp, state in self._states(consumer).items():
@@ -143,17 +162,6 @@ class BulkThread(driver.AIOKafkaConsumerThread):
                 left = max(0, (state.highwater or after) - after)
                 slices[tp] = [Slice(TopicPartition(*tp), first, after, found, size, now, left)]
         return slices
-
-    def _linger(self, fetcher: Any) -> None:
-        """Ask for more at once, until it is calm. Of the fetch that follows; none is under way where records came."""
-        fetcher._fetch_min_bytes, fetcher._fetch_max_wait_ms = LINGER_BYTES, LINGER_MS
-        if self._calm is not None:
-            self._calm.cancel()
-        self._calm = asyncio.get_running_loop().call_later(CALM_S, self._hurry, fetcher)
-
-    @staticmethod
-    def _hurry(fetcher: Any) -> None:
-        fetcher._fetch_min_bytes, fetcher._fetch_max_wait_ms = 1, FETCH_WAIT_MS
 
     async def _seek_wait(self, consumer: aiokafka.AIOKafkaConsumer, partitions: Mapping[TP, int]) -> None:
         """Where a partition begins it is not held, whatever was before in the same generation."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import prometheus_client  # noqa: F401 - before Feast is imported, which has it keep counters in files of all tests
 import pytest
 
 from tests.reporting import tables

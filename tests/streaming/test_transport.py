@@ -6,17 +6,28 @@ import asyncio
 import gzip
 import inspect
 import time
+from itertools import groupby
 from typing import Any
 
 import aiokafka
 import pytest
 from aiokafka.consumer import fetcher
+from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from faust.transport.drivers import aiokafka as driver
 
 from streaming.records import ParsedRecords, Records, install
 from streaming.slices import Unread
-from streaming.transport import BulkConsumer, BulkThread, ForgetfulOffsets
+from streaming.transport import (
+    CALM_S,
+    FETCH_WAIT_MS,
+    LINGER_BYTES,
+    LINGER_MS,
+    BulkConsumer,
+    BulkThread,
+    ForgetfulOffsets,
+    Linger,
+)
 from tests.conftest import TopicFactory
 
 
@@ -79,6 +90,36 @@ def test_aiokafka_keeps_positions_and_the_coordinator_where_we_look(kafka: str, 
 
     asyncio.run(alone())
     asyncio.run(of_a_group())
+
+
+def test_a_fetch_waits_for_more_until_it_is_calm(kafka: str, topic: TopicFactory) -> None:
+    partition = aiokafka.TopicPartition(topic("linger", partitions=1), 0)
+
+    async def scenario() -> None:
+        consumer = aiokafka.AIOKafkaConsumer(bootstrap_servers=kafka, auto_offset_reset="none", fetch_max_wait_ms=1)
+        asked: list[tuple[int, int]] = []
+        send = consumer._client.send
+
+        async def noting(node: Any, request: Any, **more: Any) -> Any:
+            if isinstance(request, FetchRequest):
+                asked.append((request._min_bytes, request._max_wait_ms))
+            return await send(node, request, **more)
+
+        consumer._client.send = noting
+        await consumer.start()
+        try:
+            consumer.assign([partition])
+            consumer.seek(partition, 0)
+            await consumer.getmany(timeout_ms=100)
+            begun = len(asked)
+            Linger().note(consumer._fetcher)
+            await consumer.getmany(timeout_ms=int(CALM_S * 1000) + 2 * FETCH_WAIT_MS)
+        finally:
+            await consumer.stop()
+        later = [found for found, _ in groupby(asked[begun:])]
+        assert later[-2:] == [(LINGER_BYTES, LINGER_MS), (1, FETCH_WAIT_MS)]
+
+    asyncio.run(scenario())
 
 
 def test_an_offset_that_was_read_is_not_remembered() -> None:
