@@ -50,6 +50,9 @@ ASSIGNMENT = "assignment"
 STALLED_S = 60.0
 """So much longer than `append_seconds` a ledger may stand still with work in hand; slow stores are not stalled ones."""
 
+OTHERS_WAIT_S = 3.0
+"""How long an assignment waits for each of its partitions to begin."""
+
 RESYNC_PAUSE_S = 1.0
 
 SECOND_LOOK_S = 10.0
@@ -165,6 +168,8 @@ class StreamIntake:
     async def assign(self, generation: int, partitions: set[TopicPartition]) -> Mapping[TopicPartition, int]:
         """See `Intake`. Retries what may pass, within the bound; where a topic is stopped its partitions are held.
 
+        So is a partition that cannot begin yet, one without a leader for instance: the others do not wait for it.
+
         Faust calls it twice at once now and then, from its recovery and from its fetcher: the later call counts.
         """
         if generation == self._generation and partitions == self._runs.keys():
@@ -173,7 +178,7 @@ class StreamIntake:
         if assignment != self._assignment:
             return {}
         self._generation = generation
-        starts = await asyncio.gather(*(self._begin_safely(partition, assignment) for partition in sorted(partitions)))
+        starts = await asyncio.gather(*(self._begin_in_time(partition, assignment) for partition in sorted(partitions)))
         found = dict(zip(sorted(partitions), starts, strict=True))
         if assignment == self._assignment and found.keys() == self._runs.keys():
             where = {p: "held" if start is None else f"from {start}" for p, start in found.items()}
@@ -285,6 +290,26 @@ class StreamIntake:
             if run.lanes:
                 self._committed[partition] = min(lane.end for lane in run.lanes)
         return assignment
+
+    async def _begin_in_time(self, partition: TopicPartition, assignment: int) -> int | None:
+        """Begin a partition; None if it is held, for good or until it can begin."""
+        beginning = asyncio.ensure_future(self._begin_safely(partition, assignment))
+        done, _ = await asyncio.wait({beginning}, timeout=OTHERS_WAIT_S)
+        if done:
+            return beginning.result()
+        if assignment == self._assignment:
+            self._runs[partition] = Run(Position(0), [])
+            await self._consumer.hold(partition)
+            self._spawn(self._move_when_begun(partition, assignment, beginning))
+        return None
+
+    async def _move_when_begun(
+        self, partition: TopicPartition, assignment: int, beginning: asyncio.Future[int | None]
+    ) -> None:
+        start = await beginning
+        if start is not None and assignment == self._assignment:
+            logger.info("%s[%d]: begins from %d", *partition, start, extra=partition._asdict())
+            await self._consumer.move(partition, start)
 
     async def _begin_safely(self, partition: TopicPartition, assignment: int) -> int | None:
         """Begin a partition; None if it is held because no view can go on with it or its log is too short for now."""

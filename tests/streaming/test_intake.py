@@ -8,6 +8,8 @@ import random
 import pytest
 
 from headrace.chains import StreamLedger
+from streaming import intake as intake_module
+from streaming.broker import Broker, BrokerError, Log
 from streaming.health import Health
 from streaming.intake import StreamIntake
 from streaming.slices import Slice, TopicPartition
@@ -110,6 +112,49 @@ def test_a_log_that_is_too_short_is_told_of_while_it_is_ours(stream: Stream) -> 
 
     faults: list[BaseException] = []
     asyncio.run(scenario())
+    assert faults == []
+
+
+def test_a_partition_without_a_leader_does_not_keep_the_others_waiting(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaderless = TopicPartition(stream.topic, 2)
+    asked = Broker.log
+    has_leader = False
+
+    def log(self: Broker, topic: str, partition: int) -> Log:
+        if (topic, partition) == leaderless and not has_leader:
+            raise BrokerError("no leader")
+        return asked(self, topic, partition)
+
+    async def scenario() -> None:
+        nonlocal has_leader
+        intake = StreamIntake(config_of(stream.environment), Health(), faults.append)
+        intake.mover = places = Places()
+        everything = {TopicPartition(stream.topic, number) for number in range(4)}
+        assert await intake.assign(1, everything) == dict.fromkeys(everything - {leaderless}, 0)
+        assert places.held == [leaderless]
+        assert lanes_at_work() == 3 * 3
+        assert any("no leader" in fault.text for fault in intake.faults())
+        has_leader = True
+        while not places.moves:
+            await asyncio.sleep(0.01)
+        assert places.moves == [(leaderless, 0)]
+        assert lanes_at_work() == 3 * 4
+        assert intake.faults() == []
+        has_leader = False
+        assert leaderless not in await intake.assign(2, everything)
+        await intake.release()
+        assert lanes_at_work() == 0
+        has_leader = True
+        await asyncio.sleep(1.0)
+        assert len(places.moves) == 1, "what an ended assignment left to begin is not begun"
+        intake.close()
+
+    monkeypatch.setattr(intake_module, "OTHERS_WAIT_S", 0.5)
+    monkeypatch.setattr(Broker, "log", log)
+    faults: list[BaseException] = []
+    asyncio.run(asyncio.wait_for(scenario(), 30))
     assert faults == []
 
 
