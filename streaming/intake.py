@@ -121,9 +121,6 @@ class StreamIntake:
         self.mover: Mover | None = None
         self._broker = Broker(config)
         self._stores = RealStores(config, self._broker)
-        self._pools = Pools(
-            *(ThreadPoolExecutor(1, f"headrace-{name}") for name in ("decode", "letters", "online", "offline"))
-        )
         self._looks = ThreadPoolExecutor(4, "headrace-looks")
         self._budget: Budget | None = None
         self._generation: int | None = None
@@ -131,19 +128,19 @@ class StreamIntake:
         self._ending = asyncio.Lock()
         self._runs: dict[TopicPartition, Run] = {}
         self._committed: dict[TopicPartition, int] = {}
-        registry = schema_registry(config.settings)
+        served = [view for views in config.views.values() for view in views]
+        self._pools = Pools.of(view.contract.name for view in served)
         self._steps = {
             view.contract.name: ViewSteps(
                 view,
-                decoder_of(view.contract, registry),
+                decoder_of(view.contract, schema_registry(config.settings)),  # whose connection is of one thread
                 self._stores,
-                self._pools,
+                self._pools[view.contract.name],
                 health,
                 config.settings,
                 LetterShare(view.contract.name, config.settings),
             )
-            for views in config.views.values()
-            for view in views
+            for view in served
         }
         self._stopped: dict[tuple[str, str], str] = {}
         self._passing: set[tuple[str, str]] = set()
@@ -265,9 +262,9 @@ class StreamIntake:
 
     def close(self) -> None:
         """Let go of threads and connections."""
-        pools = (self._pools.decode, self._pools.letters, self._pools.online, self._pools.offline, self._looks)
-        for pool in pools:
-            pool.shutdown(wait=False, cancel_futures=True)
+        for pools in self._pools.values():
+            pools.close()
+        self._looks.shutdown(wait=False, cancel_futures=True)
 
     # -- partitions --------------------------------------------------------------------------------------------------
 
@@ -451,7 +448,6 @@ class StreamIntake:
             topic_id=present or end.topic_id,
             ledger=ledger,
             stores=self._stores,
-            pools=self._pools,
             budget=self._room,
             health=self._health,
             settings=self._settings,

@@ -30,7 +30,7 @@ from streaming.health import OFFLINE, Health
 from streaming.settings import StreamSettings
 from streaming.share import DeadLetterShareError
 from streaming.slices import Slice, TopicPartition
-from streaming.stores import SERVERS_AGE_S, Pools, Stores
+from streaming.stores import SERVERS_AGE_S, Stores
 from streaming.view_steps import ViewSteps, measured
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,6 @@ class Lane:
         topic_id: str | None,
         ledger: StreamLedger,
         stores: Stores,
-        pools: Pools,
         budget: Budget,
         health: Health,
         settings: StreamSettings,
@@ -137,7 +136,6 @@ class Lane:
         self._topic_id = topic_id
         self._ledger = ledger
         self._stores = stores
-        self._pools = pools
         self._budget = budget
         self._health = health
         self._settings = settings
@@ -309,14 +307,14 @@ class Lane:
         """
         if time.monotonic() - self._looked_s < SERVERS_AGE_S:
             return
-        present = await self._insist("online", self._in(self._pools.online, self._stores.server_ids))
+        present = await self._insist("online", self._in(self._steps.pools.online, self._stores.server_ids))
         self._looked_s = time.monotonic()
         former, self._servers = self._servers, present
         if former in ((), present):
             return
         again = [batch for batch in self._unappended if batch.table.num_rows]
         segments, written = await self._insist(
-            "online", self._in(self._pools.online, lambda: self._apply_again(present, again))
+            "online", self._in(self._steps.pools.online, lambda: self._apply_again(present, again))
         )
         self._log.warning(
             "%s: the online servers are not those of before and may have forgotten: %d recent segments and %d batches "
@@ -403,7 +401,7 @@ class Lane:
         )
 
     def _timed(self, step: str, work: Callable[[], Result], rows: int) -> Callable[[], Awaitable[Result]]:
-        pool = self._pools.letters if step == "dead_letters" else self._pools.offline
+        pool = self._steps.pools.letters if step == "dead_letters" else self._steps.pools.offline
         return self._in(pool, partial(measured, self._health, self._name, step, rows, work))
 
     @staticmethod

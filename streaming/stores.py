@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import Executor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -47,16 +47,40 @@ class Stores(Protocol):
 
 @dataclass(frozen=True)
 class Pools:
-    """The threads: one a kind of work, so that each store sees one caller and its objects stay on one thread."""
+    """The threads of a view: one a kind of work, so that each store sees one caller.
+
+    Attributes:
+        decode, offline: the view's own: a schema registry or a folder that hangs holds up no other view.
+        letters, online: shared by all views, as are the producer and the store.
+    """
 
     decode: Executor
     letters: Executor
     online: Executor
     offline: Executor
 
+    @classmethod
+    def of(cls, views: Iterable[str]) -> dict[str, Pools]:
+        """The threads of some views, none of them started yet."""
+        letters, online = (ThreadPoolExecutor(1, f"headrace-{name}") for name in ("letters", "online"))
+        return {
+            view: cls(
+                decode=ThreadPoolExecutor(1, f"headrace-decode-{view}"),
+                letters=letters,
+                online=online,
+                offline=ThreadPoolExecutor(1, f"headrace-offline-{view}"),
+            )
+            for view in views
+        }
+
+    def close(self) -> None:
+        """Begin no more work."""
+        for pool in (self.decode, self.letters, self.online, self.offline):
+            pool.shutdown(wait=False, cancel_futures=True)
+
 
 class RealStores:
-    """Kafka's dead letters, the Feast stores, the broker. Each part is used by one thread of `Pools`."""
+    """Kafka's dead letters, the Feast stores, the broker. `topic_id` may be called from any thread."""
 
     def __init__(self, config: StreamConfig, broker: Broker) -> None:
         self._config = config

@@ -40,6 +40,7 @@ class ViewSteps:
     ) -> None:
         self.view = view
         self.share = share
+        self.pools = pools
         self._decoder = decoder
         self._stores = stores
         self._health = health

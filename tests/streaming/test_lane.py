@@ -124,7 +124,6 @@ class Bench:
             topic_id="id-1",
             ledger=self.ledger,
             stores=self.stores,
-            pools=self.pools,
             budget=self.budget,
             health=self.health,
             settings=self.settings,

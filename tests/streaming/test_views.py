@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from confluent_kafka import Producer
@@ -15,16 +19,19 @@ from feast import FeatureView, Field, FileSource, KafkaSource
 from feast.data_format import JsonFormat, ParquetFormat
 
 from headrace.audit import audit
+from headrace.chains import StreamLedger
 from headrace.contract import ViewContract
 from headrace.repository import contracts, open_store
+from streaming.decode import Decoded, JsonDecoder
 from streaming.health import Health
 from streaming.intake import StreamIntake
-from streaming.slices import TopicPartition
+from streaming.slices import Slice, TopicPartition
 from tests.conftest import TopicFactory
 from tests.streaming.conftest import Stream, StreamFactory
 from tests.streaming.oracle import Origin, Truth, judge, read_offline, read_topic
 from tests.streaming.process import Worker, config_of, emit
 from tests.streaming.test_intake import Places
+from tests.streaming.test_lane import Fake
 
 STRICT = 0.5
 """What `conv_rate` may be at most in the second view."""
@@ -146,6 +153,52 @@ def test_a_view_whose_folder_fails_is_left_out_and_taken_in_again(make_stream: S
         worker.stop()
     assert_is_whole(stream, "driver_stats", 1.0)
     assert_is_whole(stream, "strict", STRICT)
+
+
+@pytest.mark.parametrize("step", ["decode", "append"])
+def test_a_view_that_hangs_does_not_keep_the_others_waiting(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """As where its folder is on a network that is gone, or its schema registry does not answer."""
+    add_view(stream, "hanging", stream.topic)
+    config, fatal = config_of(stream.environment), list[BaseException]()
+    partition, goes_on = TopicPartition(stream.topic, 0), threading.Event()
+    emit(stream.environment, count=200, seed=3)
+    messages = [message for message in read_topic(stream.broker, stream.topic) if message.partition == 0]
+    end = messages[-1].offset + 1
+    records = [Fake(message.offset, message.value, message.timestamp_ms) for message in messages]
+    append = StreamLedger.append
+
+    class HangingDecoder(JsonDecoder):
+        def __call__(self, values: Sequence[bytes | None]) -> Decoded:
+            goes_on.wait(30)
+            return super().__call__(values)
+
+    def hanging_append(self: StreamLedger, *given: Any, **more: Any) -> Any:
+        if self._contract.name == "hanging":
+            goes_on.wait(30)
+        return append(self, *given, **more)
+
+    async def scenario() -> None:
+        intake = StreamIntake(config, Health(), fatal.append)
+        intake.mover = Places()
+        if step == "decode":
+            intake._steps["hanging"]._decoder = HangingDecoder(contract_of(stream, "hanging"))
+        assert await intake.assign(1, {partition}) == {partition: 0}
+        intake.deliver(Slice(partition, 0, end, records, 1_000, time.monotonic()), 1)
+        ledgers = [StreamLedger(contract_of(stream, name), *partition) for name in ("driver_stats", "hanging")]
+        async with asyncio.timeout(20):
+            while ledgers[0].end().end < end:
+                await asyncio.sleep(0.05)
+        assert ledgers[1].end().end == 0
+        goes_on.set()
+        await intake.release()
+        assert ledgers[1].end().end == end
+        intake.close()
+
+    monkeypatch.setattr(StreamLedger, "append", hanging_append if step == "append" else append)
+    asyncio.run(scenario())
+    assert fatal == []
 
 
 @pytest.mark.parametrize("fault", ["a loop", "a link to nowhere", "a file"])
