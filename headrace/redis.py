@@ -396,7 +396,7 @@ class _Transactions:
             packets = [*pack("MULTI"), *map(as_bytes, changes), *pack("EXEC")]
             coming = 0
             if following is None:
-                self._connection.send_packed_command(packets)
+                self._send(packets)
             else:
                 coming = self._look(following, packets)
             *_, done = self._replies(1 + sum(map(len, changes)) + 1)
@@ -416,7 +416,7 @@ class _Transactions:
         """
         pack, keys = self._connection.pack_command, self._keys[chunk]
         question = pack("EXISTS", *keys) if self._is_filling else [as_bytes(self._packed.reads[chunk])]
-        self._connection.send_packed_command([*packets, *pack("WATCH", *keys), *question])
+        self._send([*packets, *pack("WATCH", *keys), *question])
         return 1 + (1 if self._is_filling else len(keys))
 
     def _stored(self, chunk: slice, seen: list[Any]) -> list[Any]:
@@ -424,7 +424,7 @@ class _Transactions:
         if self._is_filling:
             if seen == [0]:
                 return []
-            self._connection.send_packed_command([as_bytes(self._packed.reads[chunk])])
+            self._send([as_bytes(self._packed.reads[chunk])])
             seen = self._replies(len(self._keys[chunk]))
         self._is_filling = not any(ts is not None for ts, _ in seen)
         return seen
@@ -438,6 +438,10 @@ class _Transactions:
         packed = self._packed
         parts = ((packed.writes, writing), (packed.removes, writing), (packed.expires, renewing))
         return [commands_of[chunk].filter(pa.array(rows)) for commands_of, rows in parts if commands_of is not None]
+
+    def _send(self, packets: list[Any]) -> None:
+        """Unchecked: a check that failed would open the connection anew, and what is watched would be forgotten."""
+        self._connection.send_packed_command(packets, check_health=False)
 
     def _replies(self, count: int) -> list[Any]:
         """The replies that come next; the first that is an error is raised."""

@@ -195,7 +195,8 @@ def test_replicas_of_another_server_than_was_written_to_do_not_count(
             monkeypatch.setattr(faults, "hook", None)
             own_valkey.kill()
             own_valkey.start()
-            until(lambda: client.info("replication")["connected_slaves"] == 1)
+            client.config_set("repl-diskless-sync-delay", 0)
+            until(lambda: client.info("replication").get("slave0", {}).get("state") == "online")
 
     monkeypatch.setattr(faults, "hook", replace)
     with pytest.raises(TransientError, match="is not the primary that was written to first"):
@@ -266,6 +267,28 @@ def test_redis_changes_between_comparing_and_writing(
     assert versions(store, contract, table.slice(row, 1)) == {EPOCH_US + (9 if fault == "newer" else 5)}
     others = pa.concat_tables([table.slice(0, row), table.slice(row + 1)])
     assert versions(store, contract, others) == {EPOCH_US + 5}
+
+
+def test_a_connection_that_is_checked_keeps_what_it_watches(
+    tmp_path: Path, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It breaks in a pause, and is due for a check: were it opened anew, nothing would be watched."""
+    online = redis_online(own_valkey.address)
+    online["connection_string"] += ",health_check_interval=1"
+    store, (contract,) = applied(tmp_path, online, wide(3))
+    client: Any = redis.Redis(port=own_valkey.port)
+    write_online(store, contract, many(contract, 3, 1))
+
+    def interfere(step: str) -> None:
+        if step == "write.1.compared":
+            monkeypatch.setattr(faults, "hook", None)
+            assert write_online(store, contract, many(contract, 3, 9)) == 3
+            time.sleep(1.1)
+            client.client_kill_filter(_type="normal", skipme=True)
+
+    monkeypatch.setattr(faults, "hook", interfere)
+    assert write_online(store, contract, many(contract, 3, 5)) == 0
+    assert versions(store, contract, many(contract, 3, 9)) == {EPOCH_US + 9}
 
 
 def test_redis_is_filled_with_some_of_the_keys_there(tmp_path: Path, own_valkey: Valkey) -> None:
