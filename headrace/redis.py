@@ -9,12 +9,14 @@ that Redis would store the whole hash in another way, several times as large.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal, TypeVar
@@ -31,7 +33,8 @@ from feast.infra.online_stores.redis import (
     _versioned_fv_name,
 )
 from google.protobuf.timestamp_pb2 import Timestamp
-from redis.exceptions import NoScriptError, RedisError
+from pydantic import NonNegativeInt
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
 from headrace import redis_scripts as scripts
 from headrace import registry as _registry  # noqa: F401 - resolves relative registries
@@ -48,14 +51,26 @@ _ROWS_A_BLOCK, _BYTES_A_BLOCK = 5_000, 16_000_000  # are packed at once
 _ARGUMENTS_A_CALL = 4_000
 _BYTES_A_CALL = 1_000_000
 _KEYS_A_SCAN = 2_000
+_ACKNOWLEDGED_WITHIN_S = 2.0
+_NO_FIELD = b"_hr"  # no view has it
 
 Result = TypeVar("Result")
 
 
+class NotAcknowledgedError(RedisError):
+    """Fewer replicas than `replicas_to_wait` have what was written, or it is not known. Cause of a `TransientError`."""
+
+
 class HeadraceRedisOnlineStoreConfig(RedisOnlineStoreConfig):
-    """Configuration of `HeadraceRedisOnlineStore`; the fields are Feast's. `skip_dedup` has no meaning here."""
+    """Configuration of `HeadraceRedisOnlineStore`: Feast's fields and one more. `skip_dedup` has no meaning here.
+
+    Attributes:
+        replicas_to_wait: how many replicas of each server must have a write of rows before it counts as done; 0: none.
+            See `HeadraceRedisOnlineStore.write_newest`.
+    """
 
     type: Literal["headrace.redis.HeadraceRedisOnlineStore"] = "headrace.redis.HeadraceRedisOnlineStore"  # type: ignore[assignment]
+    replicas_to_wait: NonNegativeInt = 0
 
 
 class HeadraceRedisOnlineStore(RedisOnlineStore):
@@ -101,15 +116,29 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         """See `NewestWinsStore`. Atomic by row; a failure in between leaves whole rows, and a repeat is harmless.
 
         `key_ttl_seconds` begins anew with a newer row, not with the same one again.
+
+        With `replicas_to_wait`, so many replicas of each server that was written to have acknowledged at the end what
+        is stored of these keys: these rows, and where they were turned away the newer ones, whoever wrote those. In
+        memory, that is. On a cluster this does not hold for keys whose slots are moved to another server meanwhile.
+
+        Raises:
+            TransientError: the server failed, or too few replicas acknowledged within 2 seconds; rows may be written.
         """
         columns = [pa.array(rows.order, BINARY), encode_timestamps(rows.event_us), *rows.values.values()]
         features, hashes = list(rows.values), _hashes(config, rows.keys)
-        if config.online_store.redis_type == RedisType.redis_cluster:
-            return sum(self._run(config, view, scripts.WRITE, features, hashes, columns))
+        replicas = config.online_store.replicas_to_wait
         with _naming(config, view):
-            client, head = self._get_client(config.online_store), self._head(config, view, features)
+            client = self._get_client(config.online_store)
+            if config.online_store.redis_type == RedisType.redis_cluster:
+                with _acknowledged_by_cluster(client, hashes, replicas):
+                    return sum(self._run(config, view, scripts.WRITE, features, hashes, columns))
+            head = self._head(config, view, features)
             blocks = _chunks(_sizes(len(rows), columns), _ROWS_A_BLOCK, _BYTES_A_BLOCK)
-            return sum(_at_once(lambda one: _write_block(client, head, hashes[one], [c[one] for c in columns]), blocks))
+            return sum(
+                _at_once(
+                    lambda one: _write_block(client, head, hashes[one], [c[one] for c in columns], replicas), blocks
+                )
+            )
 
     def read_stored(self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes]) -> StoredRows:
         """See `NewestWinsStore`."""
@@ -276,20 +305,25 @@ def _at_once(do: Callable[[slice], Result], chunks: Iterable[slice]) -> Iterator
         yield from pool.map(do, waiting)
 
 
-def _write_block(client: Any, head: Sequence[bytes], keys: Sequence[bytes], columns: Sequence[pa.Array]) -> int:
+def _write_block(
+    client: Any, head: Sequence[bytes], keys: Sequence[bytes], columns: Sequence[pa.Array], replicas: int
+) -> int:
     """Transaction by transaction; where one comes to nothing, whatever the reason, by a call of the script instead.
+
+    All over one connection, so that it is the server written to whose replicas are waited for.
 
     Returns:
         How many rows were written.
     """
     packed, written = _PackedWrites.of(head, keys, columns), 0
     chunks = list(_calls(_sizes(len(keys), columns), len(columns), _KEYS_A_TRANSACTION))
-    with _connection(client) as connection:
+    with _connection(client) as connection, _acknowledged(connection, keys[0], replicas):
         transactions = _Transactions(connection, packed, keys, columns[0])
         for chunk, following in zip_longest(chunks, chunks[1:]):
             done = transactions.write(chunk, following)
             if done is None:
-                (done,) = _call_chunk(client, scripts.WRITE, head, keys[chunk], [column[chunk] for column in columns])
+                arguments = _arguments(head, [column[chunk] for column in columns])
+                done = _call_over(connection, scripts.WRITE, keys[chunk], arguments)
             written += done
     return written
 
@@ -342,7 +376,7 @@ class _Transactions:
         self._keys = keys
         self._orders = orders
         self._is_filling = False
-        self._unread = 0
+        self._seen: list[Any] = []
 
     def write(self, chunk: slice, following: slice | None) -> int | None:
         """Write a chunk.
@@ -356,37 +390,41 @@ class _Transactions:
         """
         pack = self._connection.pack_command
         try:
-            if not self._unread:
-                self._look(chunk, [])
-            _, *seen = self._replies(self._unread)
+            _, *seen = self._seen or self._replies(self._look(chunk, []))
             changes = self._changes(chunk, self._stored(chunk, seen))
             reached("write.1.compared")
             packets = [*pack("MULTI"), *map(as_bytes, changes), *pack("EXEC")]
+            coming = 0
             if following is None:
-                self._connection.send_packed_command(packets)
+                self._send(packets)
             else:
-                self._look(following, packets)
+                coming = self._look(following, packets)
             *_, done = self._replies(1 + sum(map(len, changes)) + 1)
+            self._seen = self._replies(coming)
             reached("write.2.written")
         except RedisError:
             self._connection.disconnect()  # with what it watches, and the replies that were not read
-            self._unread = 0
+            self._seen = []
             return None
         return None if done is None or any(isinstance(reply, Exception) for reply in done) else len(changes[0])
 
-    def _look(self, chunk: slice, packets: list[Any]) -> None:
-        """Send these, watch a chunk, and ask what is stored: or if anything is, where nothing was of the one before."""
+    def _look(self, chunk: slice, packets: list[Any]) -> int:
+        """Send these, watch a chunk, and ask what is stored: or if anything is, where nothing was of the one before.
+
+        Returns:
+            How many replies to that come after those to the packets.
+        """
         pack, keys = self._connection.pack_command, self._keys[chunk]
         question = pack("EXISTS", *keys) if self._is_filling else [as_bytes(self._packed.reads[chunk])]
-        self._connection.send_packed_command([*packets, *pack("WATCH", *keys), *question])
-        self._unread = 1 + (1 if self._is_filling else len(keys))
+        self._send([*packets, *pack("WATCH", *keys), *question])
+        return 1 + (1 if self._is_filling else len(keys))
 
     def _stored(self, chunk: slice, seen: list[Any]) -> list[Any]:
         """What is stored of a chunk, row by row; nothing if nothing is."""
         if self._is_filling:
             if seen == [0]:
                 return []
-            self._connection.send_packed_command([as_bytes(self._packed.reads[chunk])])
+            self._send([as_bytes(self._packed.reads[chunk])])
             seen = self._replies(len(self._keys[chunk]))
         self._is_filling = not any(ts is not None for ts, _ in seen)
         return seen
@@ -400,6 +438,10 @@ class _Transactions:
         packed = self._packed
         parts = ((packed.writes, writing), (packed.removes, writing), (packed.expires, renewing))
         return [commands_of[chunk].filter(pa.array(rows)) for commands_of, rows in parts if commands_of is not None]
+
+    def _send(self, packets: list[Any]) -> None:
+        """Unchecked: a check that failed would open the connection anew, and what is watched would be forgotten."""
+        self._connection.send_packed_command(packets, check_health=False)
 
     def _replies(self, count: int) -> list[Any]:
         """The replies that come next; the first that is an error is raised."""
@@ -430,12 +472,97 @@ def _connection(client: Any) -> Iterator[Any]:
         pool.release(connection)
 
 
+@contextmanager
+def _acknowledged(connection: Any, key: bytes, replicas: int) -> Iterator[None]:
+    """At the end so many replicas of the server have all that it had done until then, for whichever client.
+
+    `WAIT` alone is about what its own connection wrote: nothing, where all rows were turned away by newer ones, and
+    whether anybody waits for those is not known. So it follows a write that changes nothing, and since replicas take
+    all writes in one order, who has that one has those before it.
+
+    Args:
+        connection: to the server that is written to meanwhile, over this connection or others.
+        key: one that the server is responsible for; it is touched.
+
+    Raises:
+        NotAcknowledgedError: too few have it in time; or the connection leads to another server now, or to one that
+            was a replica in between: it may have lost what was written first.
+    """
+    if not replicas:
+        yield
+        return
+    history = ("INFO", "replication")
+    before = _history_id(_ask(connection, *history))
+    yield
+    timeout_s = min(_ACKNOWLEDGED_WITHIN_S, (connection.socket_timeout or math.inf) / 2)
+    write = ("MULTI",), ("HSET", key, _NO_FIELD, b""), ("HDEL", key, _NO_FIELD), ("EXEC",)
+    asked = [*write, ("WAIT", replicas, max(1, int(timeout_s * 1000))), history]
+    connection.send_packed_command(connection.pack_commands(asked))
+    *_, written, count, after = [connection.read_response() for _ in asked]
+    for reply in written:
+        if isinstance(reply, Exception):
+            raise reply
+    server = f"{connection.host}:{connection.port}"
+    if _history_id(after) != before:
+        msg = f"{server} is not the primary that was written to first: there was a failover or a restart"
+        raise NotAcknowledgedError(msg)
+    if count < replicas:
+        msg = (
+            f"{count} of {replicas} replicas of {server} acknowledged within {timeout_s:g} s what was written; connect "
+            "the missing ones, or lower `replicas_to_wait` in feature_store.yaml"
+        )
+        raise NotAcknowledgedError(msg)
+
+
+@contextmanager
+def _acknowledged_by_cluster(client: Any, keys: Sequence[bytes], replicas: int) -> Iterator[None]:
+    """The same of each server that is responsible for some of these keys."""
+    if not replicas:
+        yield
+        return
+    nodes = [client.get_node_from_key(key) for key in keys]
+    with ExitStack() as stack:
+        for node, key in dict(zip(nodes, keys, strict=True)).items():
+            connection = stack.enter_context(_connection(client.get_redis_connection(node)))
+            stack.enter_context(_acknowledged(connection, key, replicas))
+        yield
+        if [client.get_node_from_key(key) for key in keys] != nodes:
+            raise NotAcknowledgedError("slots went to other servers meanwhile")
+
+
+def _history_id(info: bytes) -> bytes:
+    """Of a server's replication history: another after each start and each promotion."""
+    found = re.search(rb"^master_replid:(\w+)", info, re.MULTILINE)
+    if found is None:
+        raise NotAcknowledgedError("the server does not tell its `master_replid`, and so not whether it was replaced")
+    return found[1]
+
+
 def _call_chunk(
     client: Any, script: str, head: Sequence[Any], keys: Sequence[bytes], columns: Sequence[pa.Array]
 ) -> list[Any]:
     """One call for all keys. The script is loaded where the server does not have it."""
-    arguments = [value for row in zip(*map(to_list, columns), strict=True) for value in row]
-    return [client.register_script(script)(keys=keys, args=[*head, *arguments])]
+    return [client.register_script(script)(keys=keys, args=_arguments(head, columns))]
+
+
+def _call_over(connection: Any, script: str, keys: Sequence[bytes], arguments: Sequence[Any]) -> Any:
+    """The same over a connection of one's own."""
+    call = ("EVALSHA", hashlib.sha1(script.encode()).hexdigest(), len(keys), *keys, *arguments)  # noqa: S324 - its name
+    try:
+        return _ask(connection, *call)
+    except NoScriptError:
+        _ask(connection, "SCRIPT LOAD", script)
+        return _ask(connection, *call)
+
+
+def _ask(connection: Any, *command: Any) -> Any:
+    connection.send_command(*command)
+    return connection.read_response()
+
+
+def _arguments(head: Sequence[Any], columns: Sequence[pa.Array]) -> list[Any]:
+    """Of a script: what is the same for all keys, then row by row."""
+    return [*head, *(value for row in zip(*map(to_list, columns), strict=True) for value in row)]
 
 
 def _call_each(
@@ -512,7 +639,7 @@ def _naming(config: RepoConfig, view: FeatureView | None = None) -> Iterator[Non
     """Say where it failed, and what that leaves behind. Never the connection string: it holds the password."""
     try:
         yield
-    except RedisError as error:
+    except (RedisError, RedisClusterException) as error:
         nodes, _ = RedisOnlineStore._parse_connection_string(config.online_store.connection_string)
         where = ", ".join(f"{node.get('host')}:{node.get('port')}" for node in nodes)
         what = "" if view is None else f"feature view `{view.name}`: "

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from feast import FeatureStore
+from redis import Redis
 
 from headrace.contract import ViewContract
 from headrace.encode import encode
+from headrace.errors import TransientError
 from headrace.online import NewestWinsStore, online_store, server_ids, write_online
 from tests.headrace.views import applied, rows
 from tests.servers.valkey import ValkeyCluster
@@ -72,3 +74,25 @@ def test_what_is_stored_is_read_listed_replaced_and_deleted(
     online_store(store).update(store.config, [contract.feature_view], [], [], [], partial=True)
     assert list(target.stored_keys(store.config, contract.feature_view)) == []
     assert target.read_mark(store.config, contract.feature_view) is None
+
+
+def test_each_master_waits_for_its_replica(tmp_path: Path) -> None:
+    with ValkeyCluster(2, is_replicated=True) as cluster:
+        online = {
+            "type": "headrace.redis.HeadraceRedisOnlineStore",
+            "redis_type": "redis_cluster",
+            "connection_string": cluster.address,
+            "replicas_to_wait": 1,
+        }
+        store, (contract,) = applied(tmp_path, online)
+        assert write_online(store, contract, events(contract, 1)) == 300
+        copies: list[Any] = [Redis(port=replica.port) for replica in cluster.replicas]
+        sizes = [len(copy.keys("*id*")) for copy in copies]
+        assert min(sizes) > 100
+        assert sum(sizes) == 300
+        cluster.replicas[1].freeze()
+        for at in (2, 0):  # of those that are turned away nothing is written
+            with pytest.raises(TransientError, match=rf"0 of 1 replicas of {cluster.nodes[1].address} acknowledged"):
+                write_online(store, contract, events(contract, at))
+        cluster.replicas[1].thaw()
+        assert write_online(store, contract, events(contract, 2)) == 300

@@ -20,6 +20,7 @@ import pytest
 import redis
 from feast import FeatureStore, Field
 from feast.types import Int64
+from pydantic import ValidationError
 
 from headrace import faults
 from headrace import sqlite as sqlite_module
@@ -111,6 +112,100 @@ def test_a_sentinel_fails_over_between_writes(tmp_path: Path, own_valkey: Valkey
         assert server_ids(store) != before
 
 
+@pytest.fixture
+def own_replica(own_valkey: Valkey) -> Iterator[Valkey]:
+    """Of `own_valkey`, in step with it."""
+    master: Any = redis.Redis(port=own_valkey.port)
+    master.config_set("repl-diskless-sync-delay", 0)
+    with Valkey(("--replicaof", "127.0.0.1", str(own_valkey.port))) as replica:
+        master.set("known", "")
+        until(lambda: master.wait(1, 100) == 1)
+        yield replica
+
+
+def waiting(server: Valkey, replicas: int = 1) -> dict[str, Any]:
+    return {**redis_online(server.address), "replicas_to_wait": replicas}
+
+
+@pytest.mark.parametrize("how", ["transactions", "script"])
+def test_a_write_is_done_when_the_replica_has_it(
+    tmp_path: Path, own_valkey: Valkey, own_replica: Valkey, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    store, (contract,) = applied(tmp_path, waiting(own_valkey), wide(3))
+    copy = FeatureStore(config=config(tmp_path, redis_online(own_replica.address)))
+    client: Any = redis.Redis(port=own_valkey.port)
+    one = many(contract, 1, 0)
+    if how == "script":  # another changes a key of each chunk
+        key = encode_keys(contract, one)[0].as_py() + store.project.encode()
+        monkeypatch.setattr(faults, "hook", lambda step: client.hset(key, "other", ""))
+    for at in (1, 2):
+        assert write_online(store, contract, many(contract, 200, at)) == 200
+        assert versions(copy, contract, many(contract, 200, at)) == {EPOCH_US + at}
+    monkeypatch.setattr(faults, "hook", None)
+    assert write_online(store, contract, many(contract, KEYS, 3)) == KEYS
+    assert versions(copy, contract, many(contract, KEYS, 3)) == {EPOCH_US + 3}
+    assert not [key for key in client.keys("*id*") if client.hexists(key, "_hr")]
+
+
+@pytest.mark.parametrize("at", [3, 2, 1])
+def test_a_write_that_the_replica_does_not_have_is_not_done(
+    tmp_path: Path, own_valkey: Valkey, own_replica: Valkey, at: int
+) -> None:
+    """Nor is one that wrote nothing, because a newer row is there of which the replica does not know."""
+    unknowing, (contract,) = applied(tmp_path, redis_online(own_valkey.address), wide(3))
+    store = FeatureStore(config=config(tmp_path, waiting(own_valkey)))
+    table = many(contract, 300, at)
+    assert write_online(store, contract, table) == 300
+    own_replica.freeze()
+    assert write_online(unknowing, contract, many(contract, 300, 2)) == (300 if at <= 2 else 0)
+    for _ in range(2):
+        begun_s = time.monotonic()
+        with pytest.raises(
+            TransientError, match=r"0 of 1 replicas of 127\.0\.0\.1:\d+ ack.*`replicas_to_wait` in .*no harm"
+        ):
+            write_online(store, contract, table)
+        assert 1.9 < time.monotonic() - begun_s < 4
+    own_replica.thaw()
+    assert write_online(store, contract, table) == (300 if at >= 2 else 0)
+    copy = FeatureStore(config=config(tmp_path, redis_online(own_replica.address)))
+    assert versions(copy, contract, table) == {EPOCH_US + max(at, 2)}
+
+
+def test_a_replica_that_is_not_there_is_waited_for_in_vain(tmp_path: Path, own_valkey: Valkey) -> None:
+    online = waiting(own_valkey)
+    online["connection_string"] += ",socket_timeout=1"
+    store, (contract,) = applied(tmp_path, online, wide(3))
+    with pytest.raises(TransientError, match=r"`stats`.*0 of 1 replicas .* acknowledged within 0\.5 s"):
+        write_online(store, contract, many(contract, 3, 1))
+    assert write_online(store, contract, many(contract, 0, 1)) == 0
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        config(tmp_path, waiting(own_valkey, -1)).online_store  # noqa: B018 - it is made when asked for
+
+
+def test_replicas_of_another_server_than_was_written_to_do_not_count(
+    tmp_path: Path, own_valkey: Valkey, own_replica: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is replaced between two chunks of one write, by one that has the replicas and not the first chunk."""
+    client: Any = redis.Redis(port=own_valkey.port)
+    store, (contract,) = applied(tmp_path, waiting(own_valkey), wide(3))
+    table = many(contract, 300, 1)
+
+    def replace(step: str) -> None:
+        if step == "write.2.written":
+            monkeypatch.setattr(faults, "hook", None)
+            own_valkey.kill()
+            own_valkey.start()
+            client.config_set("repl-diskless-sync-delay", 0)
+            until(lambda: client.info("replication").get("slave0", {}).get("state") == "online")
+
+    monkeypatch.setattr(faults, "hook", replace)
+    with pytest.raises(TransientError, match="is not the primary that was written to first"):
+        write_online(store, contract, table)
+    assert len(versions(store, contract, table)) == 2  # a part of them
+    until(lambda: writes(store, contract, table))
+    assert versions(store, contract, table) == {EPOCH_US + 1}
+
+
 def writes(store: FeatureStore, contract: ViewContract, table: pa.Table) -> bool:
     """Whether a write is done; if not it must say so."""
     try:
@@ -172,6 +267,28 @@ def test_redis_changes_between_comparing_and_writing(
     assert versions(store, contract, table.slice(row, 1)) == {EPOCH_US + (9 if fault == "newer" else 5)}
     others = pa.concat_tables([table.slice(0, row), table.slice(row + 1)])
     assert versions(store, contract, others) == {EPOCH_US + 5}
+
+
+def test_a_connection_that_is_checked_keeps_what_it_watches(
+    tmp_path: Path, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It breaks in a pause, and is due for a check: were it opened anew, nothing would be watched."""
+    online = redis_online(own_valkey.address)
+    online["connection_string"] += ",health_check_interval=1"
+    store, (contract,) = applied(tmp_path, online, wide(3))
+    client: Any = redis.Redis(port=own_valkey.port)
+    write_online(store, contract, many(contract, 3, 1))
+
+    def interfere(step: str) -> None:
+        if step == "write.1.compared":
+            monkeypatch.setattr(faults, "hook", None)
+            assert write_online(store, contract, many(contract, 3, 9)) == 3
+            time.sleep(1.1)
+            client.client_kill_filter(_type="normal", skipme=True)
+
+    monkeypatch.setattr(faults, "hook", interfere)
+    assert write_online(store, contract, many(contract, 3, 5)) == 0
+    assert versions(store, contract, many(contract, 3, 9)) == {EPOCH_US + 9}
 
 
 def test_redis_is_filled_with_some_of_the_keys_there(tmp_path: Path, own_valkey: Valkey) -> None:

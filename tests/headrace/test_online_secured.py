@@ -66,9 +66,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         pytest.skip(str(exc))
 
 
-def opened(place: Place, home: Path, connection: str) -> tuple[FeatureStore, ViewContract]:
+def opened(place: Place, home: Path, connection: str, **options: Any) -> tuple[FeatureStore, ViewContract]:
     online = {"type": "headrace.redis.HeadraceRedisOnlineStore", "connection_string": connection}
-    store, (contract,) = applied(home, online | {"key_ttl_seconds": 3600})
+    store, (contract,) = applied(home, online | {"key_ttl_seconds": 3600} | options)
     return store, contract
 
 
@@ -97,6 +97,20 @@ def test_a_user_with_the_least_rights_can_do_everything(place: Place, tmp_path: 
     target.teardown(store.config, [view], [])
     assert place.admin.dbsize() == 0
     assert place.admin.execute_command("ACL LOG") == []
+
+
+def test_to_wait_for_replicas_takes_one_right_more(place: Place, tmp_path: Path) -> None:
+    place.admin.execute_command("ACL LOG", "RESET")
+    store, contract = opened(place, tmp_path, place.address(), replicas_to_wait=1)
+    with pytest.raises(TransientError, match=r"NoPermissionError.*'wait'"):
+        write_online(store, contract, events(contract, 1))
+    place.admin.execute_command("ACL LOG", "RESET")
+    place.admin.execute_command("ACL SETUSER", "headrace", "+wait")
+    with pytest.raises(TransientError, match="0 of 1 replicas"):
+        write_online(store, contract, events(contract, 1))
+    assert place.admin.execute_command("ACL LOG") == []
+    place.admin.execute_command("ACL SETUSER", "headrace", "-wait")
+    place.admin.flushall()
 
 
 def test_other_projects_are_out_of_reach(place: Place) -> None:

