@@ -267,12 +267,14 @@ def test_a_secured_registry_that_is_not_reached_is_told_without_the_secret(
 def test_other_programs_variables_change_nobody_s_authority(
     secured: Secured, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = {"username": "me", "password": PASSWORD}
+    def registry(authority: Authority) -> SchemaRegistry:
+        return SchemaRegistry(secured.server.url, username="me", password=PASSWORD, ca_file=authority.file)
+
     monkeypatch.setenv(variable, str(secured.stranger.file))
-    SchemaRegistry(secured.server.url, **own, ca_file=secured.authority.file).check()
+    registry(secured.authority).check()
     monkeypatch.setenv(variable, str(secured.authority.file))
     with pytest.raises(RegistryError, match="certificate verify failed"):
-        SchemaRegistry(secured.server.url, **own, ca_file=secured.stranger.file).check()
+        registry(secured.stranger).check()
 
 
 def test_the_system_s_own_authorities_are_believed(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
