@@ -206,7 +206,7 @@ def allow_verification(kafka: Kafka, valkey: Any) -> None:
     valkey.execute_command("ACL SETUSER", "headrace", *words)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.slow
 def test_a_verification_on_secured_servers(secured: Secured, log_in: LoginFactory, tmp_path: Path) -> None:
     """It passes with the least rights, and no secret is in what it prints, writes and gives its workers to run."""
     stream = log_in("SCRAM-SHA-512")
