@@ -5,6 +5,7 @@ Source: https://docs.confluent.io/platform/current/schema-registry/develop/api.h
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ PREFIX_BYTES = 5
 
 _NO_SCHEMA, _NO_SUBJECT, _NO_VERSION = 40403, 40401, 40402
 _MOST_REFERENCES = 100
+
+_ADVICE = "check that it runs, and HEADRACE_SCHEMA_REGISTRY_URL"
+_TLS_ADVICE = (
+    "check HEADRACE_SCHEMA_REGISTRY_CA_FILE, and that its certificate names the host of HEADRACE_SCHEMA_REGISTRY_URL"
+)
 
 
 class RegistryError(TransientError):
@@ -69,8 +75,7 @@ class SchemaRegistry:
         self._session.headers["Accept"] = "application/vnd.schemaregistry.v1+json, application/json"
         if username is not None:
             self._session.auth = HTTPBasicAuth(username.encode(), (password or "").encode())
-        if ca_file is not None:
-            self._session.verify = str(ca_file)
+        self._authorities = _system_authorities() if ca_file is None else str(ca_file)
 
     def check(self) -> None:
         """Look whether it answers.
@@ -124,12 +129,14 @@ class SchemaRegistry:
     def _get(self, path: str) -> dict[str, Any]:
         where = f"schema registry {self.url}{path}"
         try:
-            answer = self._session.get(self.url + path, timeout=self._timeout_s)
+            # Not as the session's `verify`: variables such as REQUESTS_CA_BUNDLE would replace that.
+            answer = self._session.get(self.url + path, timeout=self._timeout_s, verify=self._authorities)
             status = answer.status_code
             body = answer.json() if status in (200, 404) else None
         except (requests.RequestException, ValueError) as error:
             msg = f"{where}: {type(error).__name__}: {error}"
-            raise RegistryError(msg[:500]) from error
+            is_tls = isinstance(error, requests.exceptions.SSLError)
+            raise RegistryError(f"{msg[:500]}; {_TLS_ADVICE if is_tls else _ADVICE}") from error
         if status == 200 and path == "/schemas/types":
             return {}
         if status == 200 and isinstance(body, dict) and isinstance(body.get("schema"), str):
@@ -149,3 +156,9 @@ class SchemaRegistry:
             raise RegistryError(msg)
         msg = f"{where}: HTTP {status}, which is no answer of a schema registry; see HEADRACE_SCHEMA_REGISTRY_URL"
         raise RegistryError(msg)
+
+
+def _system_authorities() -> str | bool:
+    """The file or folder of the system's own authorities; `requests` brings others, and takes those by itself."""
+    system = ssl.get_default_verify_paths()
+    return system.cafile or system.capath or True

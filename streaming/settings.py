@@ -18,7 +18,7 @@ from headrace.repository import contracts, open_store
 from headrace.settings import load
 from streaming.formats import bytes_format, decoder_of
 from streaming.schema_registry import SchemaRegistry
-from streaming.security import SecuritySettings
+from streaming.security import SecuritySettings, is_loopback
 
 MEBIBYTE = 1 << 20
 _LONGEST_GROUP = 120
@@ -200,6 +200,16 @@ def schema_registry(settings: StreamSettings) -> SchemaRegistry | None:
         ca_file=settings.schema_registry_ca_file,
         timeout_s=settings.broker_timeout_seconds,
     )
+
+
+def registry_warnings(settings: StreamSettings) -> list[str]:
+    """What an operator should know of a registry's settings that are valid: a password that passes in the clear."""
+    url = urlsplit(settings.schema_registry_url)
+    if settings.schema_registry_password is None or url.scheme != "http" or is_loopback(url.hostname or ""):
+        return []
+    return [
+        f"HEADRACE_SCHEMA_REGISTRY_URL: the password passes the network to {url.hostname} unencrypted; use https",
+    ]
 
 
 def _check_formats(served: list[ViewContract], registry: SchemaRegistry | None) -> None:

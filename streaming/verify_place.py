@@ -163,7 +163,9 @@ def build(place: Place, config: StreamConfig) -> StreamConfig:
     """
     place.home.mkdir(mode=0o700)
     place.logs.mkdir()
-    (place.home / "feature_store.yaml").write_text(_store_yaml(place, config.store), encoding="utf-8")
+    file = place.home / "feature_store.yaml"
+    file.touch(mode=0o600)  # it may hold the user's password, as theirs may
+    file.write_text(_store_yaml(place, config.store), encoding="utf-8")
     open_store(place.home).apply(_declarations(place, config))
     broker = Broker(config)
     for topic in (place.topic, place.letters):

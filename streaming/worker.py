@@ -27,7 +27,7 @@ from streaming.health import OFFLINE, ONLINE, Fault, Health, Kind
 from streaming.intake import StreamIntake
 from streaming.logs import QUIET, set_up, silence_hosts
 from streaming.security import faust_credentials, keep_logins_out_of_logs, warnings
-from streaming.settings import StreamConfig, read_config, schema_registry
+from streaming.settings import StreamConfig, read_config, registry_warnings, schema_registry
 from streaming.transport import BulkSchema, BulkTransport
 
 try:
@@ -184,7 +184,7 @@ def create_app() -> HeadraceApp:
     config = read_config()
     settings = config.settings
     keep_logins_out_of_logs()
-    for warning in warnings(settings, config.servers):
+    for warning in [*warnings(settings, config.servers), *registry_warnings(settings)]:
         logger.warning(warning)
     app = HeadraceApp(
         config,

@@ -6,15 +6,21 @@ import base64
 import itertools
 import json
 import re
+import ssl
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 
+from tests.servers.certificates import Certificate
+
 
 class SchemaRegistryServer:
     """Leaving the context ends it. `stop` and `start` keep the port.
+
+    Args:
+        certificate: serve TLS with it; None serves without.
 
     Attributes:
         asked: the paths asked for, in order.
@@ -22,7 +28,8 @@ class SchemaRegistryServer:
         login: `user:password` that is wanted; None wants none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Certificate | None = None) -> None:
+        self._certificate = certificate
         self.asked: list[str] = []
         self.status: int | None = None
         self.login: str | None = None
@@ -35,7 +42,7 @@ class SchemaRegistryServer:
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self._certificate else ''}://127.0.0.1:{self.port}"
 
     def register(
         self, schema: Any, *, subject: str = "any", kind: str = "AVRO", references: list[dict[str, Any]] | None = None
@@ -55,6 +62,11 @@ class SchemaRegistryServer:
         """Listen."""
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), self._handler())
         self._server.daemon_threads = True
+        if self._certificate is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(self._certificate.file, self._certificate.key)
+            plain = self._server.socket
+            self._server.socket = context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self

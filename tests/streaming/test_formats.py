@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
+import logging
+import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
@@ -22,17 +26,19 @@ from headrace.errors import ConfigError
 from headrace.repository import open_store
 from streaming.emit import Maker, Plan, _encoding
 from streaming.formats import decoder_of, patiently
-from streaming.schema_registry import RegistryError
-from streaming.settings import schema_registry
+from streaming.schema_registry import RegistryError, SchemaRegistry
+from streaming.settings import StreamSettings, registry_warnings, schema_registry
 from streaming.worker import check
 from tests.conftest import RepositoryFactory
-from tests.servers import environment
+from tests.servers import UnavailableError, environment
+from tests.servers.certificates import Authority
 from tests.servers.schema_registry import SchemaRegistryServer
 from tests.streaming.conftest import StreamFactory, set_format
 from tests.streaming.oracle import contract_of, judge, read_topic, verify
 from tests.streaming.process import Worker, config_of, emit
 
 BROKER = {"broker": "127.0.0.1:9"}
+PASSWORD = "Registry-pass:w0rd/ü"  # noqa: S105 - of a server that lives for a test
 
 
 def moment(unit: str) -> Any:
@@ -160,6 +166,137 @@ def test_a_registry_that_is_away_keeps_a_worker_from_starting(
     registry.stop()
     with pytest.raises(RegistryError, match=f"^schema registry {registry.url}/schemas/types: ConnectionError"):
         check(config_of(stream.environment), web=False, host="", port=0)
+
+
+# -- a registry behind TLS, with a login -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Secured:
+    """A registry that has a private authority's certificate and wants a login; and what leads nobody there."""
+
+    server: SchemaRegistryServer
+    authority: Authority
+    stranger: Authority
+
+    def login(self, **changes: object) -> dict[str, object]:
+        """The settings that lead there."""
+        own = {"url": self.server.url, "username": "me", "password": PASSWORD, "ca_file": self.authority.file}
+        return {f"schema_registry_{name}": value for name, value in {**own, **changes}.items() if value is not None}
+
+
+@pytest.fixture
+def secured(tmp_path: Path) -> Iterator[Secured]:
+    try:
+        authority, stranger = Authority(tmp_path / "own"), Authority(tmp_path / "stranger", "stranger")
+    except UnavailableError as exc:
+        pytest.skip(str(exc))
+    with SchemaRegistryServer(authority.sign("registry", hosts=("IP:127.0.0.1",))) as server:
+        server.login = f"me:{PASSWORD}"
+        yield Secured(server, authority, stranger)
+
+
+def assert_no_secret(text: str) -> None:
+    assert PASSWORD not in text
+    assert base64.b64encode(f"me:{PASSWORD}".encode()).decode() not in text
+
+
+def test_the_whole_stream_with_a_secured_registry(make_stream: StreamFactory, secured: Secured, tmp_path: Path) -> None:
+    """Emitter and worker; what the worker prints and serves at debug level tells no secret."""
+    stream = make_stream("sqlite", **secured.login())
+    set_format(stream.repo, AvroFormat(""))
+    number = secured.server.register(SECOND, subject=f"{stream.topic}-value")
+    emit(stream.environment, count=300, bad_fraction=0.1, keys=50)
+    with Worker(stream.environment, tmp_path / "worker.log") as worker:
+        worker.start("debug").wait_ready()
+        worker.wait_drained(stream.ends())
+        served = [worker.get(page)[1].decode() for page in ("/readyz", "/healthz", "/metrics")]
+        arguments = Path(f"/proc/{worker.process.pid}/cmdline").read_text()
+        assert worker.stop()[0] == 0
+
+    def decode(value: bytes) -> Any:
+        if value[:5] != b"\0" + number.to_bytes(4, "big"):
+            raise ValueError(value)
+        return plainly(value[5:], SECOND)
+
+    assert verify(stream.broker, stream.topic, stream.repo, decode=decode)["letters"] > 0
+    log = worker.log.read_text()
+    assert f"/schemas/ids/{number}" in log  # what the HTTP client says at debug level was there to be looked at
+    assert_no_secret("\n".join([log, arguments, *served]))
+
+
+REFUSED = {
+    "unknown authority": ("certificate verify failed", "HEADRACE_SCHEMA_REGISTRY_CA_FILE"),
+    "another host's certificate": ("IP address mismatch", "names the host"),
+    "no authority": ("certificate verify failed", "HEADRACE_SCHEMA_REGISTRY_CA_FILE"),
+    "not encrypted": ("ConnectionError", "HEADRACE_SCHEMA_REGISTRY_URL"),
+    "wrong password": ("HTTP 401", "HEADRACE_SCHEMA_REGISTRY_PASSWORD"),
+    "no login": ("HTTP 401", "HEADRACE_SCHEMA_REGISTRY_USERNAME"),
+}
+"""What is wrong, and which words tell it."""
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_a_secured_registry_that_is_not_reached_is_told_without_the_secret(
+    secured: Secured, fault: str, caplog: pytest.LogCaptureFixture, feature_repo_copy: RepositoryFactory
+) -> None:
+    other = SchemaRegistryServer(secured.authority.sign("other", hosts=("DNS:other.example",)))
+    with other, caplog.at_level(logging.DEBUG):
+        changes: dict[str, dict[str, object]] = {
+            "unknown authority": {"ca_file": secured.stranger.file},
+            "another host's certificate": {"url": other.url},
+            "no authority": {"ca_file": None},
+            "not encrypted": {"url": secured.server.url.replace("https", "http")},
+            "wrong password": {"password": f"{PASSWORD}!"},
+            "no login": {"username": None, "password": None},
+        }
+        wrong = secured.login(**changes[fault])
+        config = config_of(environment(feature_repo=feature_repo_copy(), **wrong, **BROKER))
+        registry = schema_registry(config.settings)
+        assert registry is not None
+        with pytest.raises(RegistryError) as caught:
+            registry.check()
+    why, advice = REFUSED[fault]
+    message = str(caught.value)
+    assert re.search(why, message), message
+    assert advice in message
+    assert_no_secret(message + caplog.text + repr(config.settings))
+
+
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_other_programs_variables_change_nobody_s_authority(
+    secured: Secured, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def registry(authority: Authority) -> SchemaRegistry:
+        return SchemaRegistry(secured.server.url, username="me", password=PASSWORD, ca_file=authority.file)
+
+    monkeypatch.setenv(variable, str(secured.stranger.file))
+    registry(secured.authority).check()
+    monkeypatch.setenv(variable, str(secured.authority.file))
+    with pytest.raises(RegistryError, match="certificate verify failed"):
+        registry(secured.stranger).check()
+
+
+def test_the_system_s_own_authorities_are_believed(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(secured.authority.file))  # as OpenSSL lets the system's be chosen
+    SchemaRegistry(secured.server.url, username="me", password=PASSWORD).check()
+
+
+@pytest.mark.parametrize(
+    ("url", "password", "words"),
+    [
+        ("http://registry.example:8081", PASSWORD, ["the password passes the network to registry.example unencrypted"]),
+        ("https://registry.example:8081", PASSWORD, []),
+        ("http://127.0.0.1:8081", PASSWORD, []),
+        ("http://registry.example:8081", None, []),
+    ],
+)
+def test_a_password_that_passes_in_the_clear_is_warned_of(url: str, password: str | None, words: list[str]) -> None:
+    chosen = {"schema_registry_url": url, "schema_registry_username": "me", "schema_registry_password": password}
+    found = registry_warnings(StreamSettings.model_validate(chosen))
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True))
+    assert_no_secret(repr(found))
 
 
 # -- emit --------------------------------------------------------------------------------------------------------------

@@ -9,23 +9,31 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import Producer
+from feast.data_format import AvroFormat
 
 from headrace.audit import audit
 from headrace.chains import files
 from headrace.errors import ConfigError
 from headrace.repository import open_store
 from headrace.segments import read_accepted, read_footer, read_origins
+from streaming import avro as avro_decoding
+from streaming import letters as reading
 from streaming import replay as replaying
 from streaming.letters import Choice, parse_since
-from tests.streaming.conftest import Stream
-from tests.streaming.oracle import KEY, contract_of, judge, read_online, read_topic
+from streaming.schema_registry import RegistryError
+from tests.servers.schema_registry import SchemaRegistryServer
+from tests.streaming.conftest import Stream, StreamFactory, set_format
+from tests.streaming.oracle import KEY, Decode, contract_of, judge, read_online, read_topic
 from tests.streaming.process import FAUST, Worker, config_of, emit, run
+from tests.streaming.test_formats import FIRST, SECOND, avro, plainly
 
 BOUND = 0.7
 """The rule that is too strict at first: `conv_rate` may be no greater."""
@@ -42,6 +50,11 @@ def bound(stream: Stream, bound: float) -> None:
 def strict_then_mended(stream: Stream, log: Path) -> None:
     """A worker turns away what the strict rule forbids, then the rule is mended; other letters are there too."""
     emit(stream.environment, count=3000, seed=5, bad_fraction=0.1, duplicate_fraction=0.05, late_fraction=0.1, keys=50)
+    turn_away(stream, log)
+
+
+def turn_away(stream: Stream, log: Path) -> None:
+    """The same of the events that are there."""
     bound(stream, BOUND)
     with Worker(stream.environment, log) as worker:
         worker.start().wait_ready()
@@ -74,9 +87,9 @@ def everything(stream: Stream) -> dict[tuple[int, int], tuple[Any, ...]]:
     return found
 
 
-def assert_as_if_never_strict(stream: Stream) -> None:
+def assert_as_if_never_strict(stream: Stream, *, decode: Decode = json.loads, max_skew_s: float = 300.0) -> None:
     """Both stores are what they would be had the mended rule held from the start."""
-    truth = judge(read_topic(stream.broker, stream.topic))
+    truth = judge(read_topic(stream.broker, stream.topic), decode=decode, max_skew_s=max_skew_s)
     assert everything(stream) == truth.accepted
     newest = truth.newest()
     assert read_online(stream.repo, sorted(newest)) == {key: row[1:4] for key, row in newest.items()}
@@ -113,6 +126,107 @@ def test_letters_are_listed_and_replayed_once(stream: Stream, tmp_path: Path) ->
     again = replay(stream)["driver_stats"]
     assert (again["replayed"], again["left"]) == (0, {"replayed": expected})
     assert_as_if_never_strict(stream)
+
+
+LATER_S = 400 * 86_400.0
+"""How far ahead an event may be dated once the clock is as good as a year on."""
+
+
+def with_the_clock_on(stream: Stream) -> Stream:
+    """The stream with settings by which what was dated too far ahead is no longer so."""
+    return replace(stream, environment={**stream.environment, "HEADRACE_MAX_SKEW_SECONDS": str(LATER_S)})
+
+
+def test_plain_avro_letters_are_replayed_once(make_stream: StreamFactory, tmp_path: Path) -> None:
+    stream = make_stream("sqlite")
+    set_format(stream.repo, AvroFormat(json.dumps(SECOND)))
+
+    def decode(value: bytes) -> Any:
+        return plainly(value, SECOND)
+
+    strict_then_mended(stream, tmp_path / "log")
+    messages, before = read_topic(stream.broker, stream.topic), everything(stream)
+    truth = judge(messages, decode=decode, max_skew_s=LATER_S)
+    mended, later = len(judge(messages, decode=decode).accepted), len(truth.accepted)
+    assert 0 < len(before) < mended < later, "both the rule and the clock have made letters"
+
+    stream, online = with_the_clock_on(stream), read_online(stream.repo, sorted(truth.newest()))
+    tried = replay(stream, dry_run=True)
+    assert (everything(stream), read_online(stream.repo, sorted(truth.newest()))) == (before, online)
+    assert replay(stream) == tried
+    assert tried["driver_stats"]["replayed"] == later - len(before)
+    again = replay(stream)["driver_stats"]
+    assert (again["replayed"], again["left"]) == (0, {"replayed": later - len(before)})
+    assert_as_if_never_strict(stream, decode=decode, max_skew_s=LATER_S)
+
+
+def test_framed_avro_letters_are_replayed_once_whatever_the_registry_does(
+    make_stream: StreamFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two versions, and records of a third that is registered when they are letters; away at first, then half-way."""
+    monkeypatch.setattr(avro_decoding, "DOUBT_S", 0.1)  # each replay would doubt the garbage's ids anew
+    with SchemaRegistryServer() as registry:
+        stream = make_stream(schema_registry_url=registry.url)
+        set_format(stream.repo, AvroFormat(json.dumps(SECOND)))
+        by_id = {registry.register(text, subject=f"{stream.topic}-value"): text for text in (FIRST, SECOND)}
+        first, third = min(by_id), max(by_id) + 1
+        by_id[third] = {**SECOND, "fields": SECOND["fields"][::-1]}
+
+        def decode(value: bytes) -> Any:
+            number = int.from_bytes(value[1:5], "big")
+            if value[:1] != b"\0" or number not in by_id:
+                raise ValueError(value)
+            return plainly(value[5:], by_id[number])
+
+        emit(stream.environment, count=2000, seed=5, bad_fraction=0.1, keys=50)
+        producer = Producer({"bootstrap.servers": stream.broker})
+        now = datetime.now(UTC)
+        event = {KEY: 1001, "conv_rate": 0.9, "acc_rate": 0.5, "datetime": now, "created": now}
+        for trips in range(100):  # with a key: behind others in their partition, as their letters will be
+            for number, own in ((first, {"trips": trips}), (third, {"avg_daily_trips": trips, "source": None})):
+                value = b"\0" + number.to_bytes(4, "big") + avro({**event, **own}, by_id[number])
+                producer.produce(stream.topic, value, b"1001")
+        assert producer.flush(10) == 0
+        turn_away(stream, tmp_path / "log")
+
+        messages, before = read_topic(stream.broker, stream.topic), everything(stream)
+        truth = judge(messages, decode=decode, max_skew_s=LATER_S)
+        expected = len(truth.accepted) - len(before)
+        assert min(len(before), expected) > 300
+        counts = {
+            key[1:]: group.count
+            for key, group in reading.survey(config_of(stream.environment), Choice()).groups.items()
+        }
+        assert counts["out_of_range", "conv_rate"] > 200
+        assert counts["undecodable", ""] > 100
+        assert counts["future_event", "datetime"] > 0
+        stream = with_the_clock_on(stream)
+        assert registry.register(by_id[third]) == third
+
+        registry.stop()
+        done = run(stream.environment, "replay")
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"headrace: schema registry {registry.url}/schemas/ids/")
+        assert "check that it runs, and HEADRACE_SCHEMA_REGISTRY_URL" in line
+        assert everything(stream) == before
+
+        registry.start()
+        tried = replay(stream, dry_run=True)
+        assert everything(stream) == before
+        config = config_of(stream.environment)
+        monkeypatch.setattr(reading, "CHUNK_RECORDS", 50)
+        with pytest.raises(RegistryError):
+            replaying.replay(config, Choice(), progress=lambda *_: registry.stop())
+        assert len(before) < len(everything(stream)) < len(truth.accepted)
+
+        registry.start()
+        replay(stream)
+        view = tried["driver_stats"]
+        assert (view["replayed"], sum(view["rejected"].values())) == (expected, len(truth.bad))
+        again = replay(stream)["driver_stats"]
+        assert (again["replayed"], again["left"]) == (0, {"replayed": expected})
+        assert_as_if_never_strict(stream, decode=decode, max_skew_s=LATER_S)
 
 
 def test_a_filter_takes_its_letters_alone(stream: Stream, tmp_path: Path) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
 import os
 import re
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer
@@ -26,6 +29,7 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
+from redis import Redis
 
 from headrace.errors import ConfigError
 from headrace.settings import load
@@ -34,9 +38,11 @@ from streaming.security import faust_credentials, keep_logins_out_of_logs, token
 from streaming.settings import StreamConfig, StreamSettings, read_config
 from streaming.tokens import TokenError, TokenSource
 from tests.conftest import RepositoryFactory
-from tests.servers import Kafka, UnavailableError, environment, free_port
+from tests.headrace.test_online_secured import RIGHTS
+from tests.servers import Kafka, UnavailableError, Valkey, environment, free_port, use_valkey
 from tests.servers.certificates import Authority, Certificate
 from tests.servers.secured import secured_kafka
+from tests.servers.tls import TlsFront
 from tests.servers.tokens import TokenServer
 from tests.streaming.conftest import QUICK, Stream, read_from
 from tests.streaming.oracle import verify
@@ -172,6 +178,90 @@ def test_the_whole_stream(
     log = worker.log.read_text()
     assert "Request to" in log  # what aiokafka says at debug level was there to be looked at
     assert_no_secret("\n".join([log, arguments, *served]))
+
+
+VERIFIED = "headrace_verify_"
+"""How everything begins that a verification makes."""
+
+
+def allow_verification(kafka: Kafka, valkey: Any) -> None:
+    """Give the rights that a verification needs by `docs/security.md`, and to Redis no others."""
+    operations = AclOperation
+    rights = [
+        AclBinding(kind, name, ResourcePatternType.PREFIXED, "User:worker", "*", operation, AclPermissionType.ALLOW)
+        for kind, name, granted in (
+            (
+                ResourceType.TOPIC,
+                VERIFIED,
+                (operations.CREATE, operations.DELETE, operations.READ, operations.WRITE),
+            ),
+            (ResourceType.GROUP, f"headrace-{VERIFIED}", (operations.READ, operations.DELETE)),
+        )
+        for operation in granted
+    ]
+    client = AdminClient({"bootstrap.servers": kafka.address})
+    for future in client.create_acls(rights).values():
+        future.result(20)
+    words = ["on", "resetchannels", "resetkeys", f"~*{VERIFIED}*", f">{PASSWORD}", *RIGHTS.split()]
+    valkey.execute_command("ACL SETUSER", "headrace", *words)
+
+
+@pytest.mark.slow
+def test_a_verification_on_secured_servers(secured: Secured, log_in: LoginFactory, tmp_path: Path) -> None:
+    """It passes with the least rights, and no secret is in what it prints, writes and gives its workers to run."""
+    stream = log_in("SCRAM-SHA-512")
+    served = secured.authority.sign("valkey", hosts=("DNS:localhost",))
+    with Valkey() as server, TlsFront(server.port, served) as front:
+        admin: Any = Redis(port=server.port)
+        allow_verification(secured.kafka, admin)
+        use_valkey(stream.repo, "ADDRESS")
+        login = f'ssl=true,ssl_ca_certs={secured.authority.file},username=headrace,password="${{VALKEY_PASSWORD}}"'
+        file = stream.repo / "feature_store.yaml"
+        file.write_text(file.read_text().replace('"ADDRESS,db=0"', f"'localhost:{front.port},{login}'"))
+        folder = tmp_path / "temporary"
+        folder.mkdir()
+        with (tmp_path / "stdout").open("wb") as stdout, (tmp_path / "stderr").open("wb") as stderr:
+            process = subprocess.Popen(
+                # With this seed the first intervention is a kill after two seconds, and the only one.
+                [*FAUST, "verify", "--minutes", "0.1", "--rate", "200", "--kill", "--workers", "1", "--seed", "900"],
+                env={**stream.environment, "VALKEY_PASSWORD": PASSWORD, "TMPDIR": str(folder)},
+                stdout=stdout,
+                stderr=stderr,
+            )
+            try:
+                seen = watch(process, [folder, stream.repo.parent / "data"], timeout_s=150)
+            finally:
+                process.terminate()  # it ends its workers then
+                process.wait()
+        output, said = (tmp_path / "stdout").read_text(), (tmp_path / "stderr").read_text()
+        assert process.returncode == 0, said
+        assert admin.dbsize() == 0
+        assert admin.execute_command("ACL LOG") == []
+    result = json.loads(output)
+    assert result["ok"] is True
+    assert min(result[name] for name in ("accepted", "rejected", "letters", "keys", "kills")) > 0
+    kafka = AdminClient({"bootstrap.servers": secured.kafka.address})
+    groups = [group.group_id for group in kafka.list_consumer_groups().result().valid]
+    assert not [name for name in [*kafka.list_topics(timeout=10).topics, *groups] if VERIFIED in name]
+    assert {path.name for path in seen} >= {"feature_store.yaml", "registry.db", "worker-1.log", "cmdline"}
+    assert not [path for path in seen if path.exists()]
+    assert_no_secret("\n".join([output, said, *seen.values()]))
+
+
+def watch(process: subprocess.Popen[bytes], folders: Sequence[Path], *, timeout_s: float) -> dict[Path, str]:
+    """What a verification writes in some folders, and how its workers are called, until it ends: as last seen."""
+    seen: dict[Path, str] = {}
+    deadline = time.monotonic() + timeout_s
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        files = [path for folder in folders for path in folder.rglob("*") if VERIFIED in str(path)]
+        for path in [*files, *Path("/proc").glob("[0-9]*/cmdline")]:
+            with contextlib.suppress(OSError):  # a folder, or gone by now
+                text = path.read_text(errors="replace")
+                if path.name != "cmdline" or str(folders[0]) in text:
+                    seen[path] = text
+        time.sleep(0.2)
+    return seen
 
 
 @pytest.mark.parametrize("way", ["SCRAM-SHA-256", "OAUTHBEARER", "PLAIN"])

@@ -346,5 +346,7 @@ def test_secrets_are_neither_shown_nor_written(stream: Stream, monkeypatch: pyte
         assert "${STORE}" in written
         assert "hush" not in written
         assert (place.home.stat().st_mode & 0o777) == 0o700
+        # A secret that is in the user's file itself would be in this one.
+        assert ((place.home / "feature_store.yaml").stat().st_mode & 0o777) == 0o600
     finally:
         shutil.rmtree(place.home)
