@@ -26,7 +26,7 @@ class Coalescer(Generic[Request, Answer]):
         call: answers requests, aligned with them; made in the pool. Where it fails for several, it is made for each of
             them alone: who asked has an error of the own request only.
         rows: how large a request is.
-        most: how many rows are enough for a call.
+        most: how many rows a call may have; one request may have more.
     """
 
     def __init__(
@@ -65,11 +65,14 @@ class Coalescer(Generic[Request, Answer]):
     def _next(self) -> list[tuple[Request, asyncio.Future[Answer]]]:
         asked: list[tuple[Request, asyncio.Future[Answer]]] = []
         rows = 0
-        while self._waiting and rows < self._most:
-            request, answer = self._waiting.popleft()
+        while self._waiting:
+            request, answer = self._waiting[0]
             if not answer.done():
-                asked.append((request, answer))
                 rows += self._rows(request)
+                if asked and rows > self._most:
+                    break
+                asked.append((request, answer))
+            self._waiting.popleft()
         return asked
 
     async def _answer(self, asked: Sequence[tuple[Request, asyncio.Future[Answer]]]) -> None:
