@@ -7,6 +7,8 @@ Steps of successive slices overlap; their order does not change:
 3. Write online, newest wins.
 4. Append `[first, next)` to the ledger, several slices at a time: the commit.
 
+Steps 1 and 3 are taken together with the other partitions of the view (`streaming.view_steps`).
+
 A crash anywhere repeats only steps that do no harm when repeated. A lane belongs to one assignment; when that ends it
 finishes what it can in a bounded time and the rest is read again by whoever is next.
 """
