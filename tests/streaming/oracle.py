@@ -106,7 +106,7 @@ def read_topic(broker: str, topic: str, *, timeout_s: float = 60.0) -> list[Mess
         consumer.assign([TopicPartition(topic, n, ends[n][0]) for n in wanted])
         messages: list[Message] = []
         while wanted:
-            batch = consumer.consume(10_000, timeout=2.0)
+            batch = consumer.consume(10_000, timeout=0.2)
             for message in batch:
                 assert message.error() is None, message.error()
                 messages.append(
