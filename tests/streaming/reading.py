@@ -155,10 +155,17 @@ def _ordered(row: Row) -> str:
 
 
 def _has_doubles(value: Any) -> bool:
-    if isinstance(value, Pairs):
-        names = [name for name, _ in value]
-        return len(set(names)) < len(names) or any(_has_doubles(item) for _, item in value)
-    return isinstance(value, list) and any(map(_has_doubles, value))
+    left = [value]
+    while left:  # no recursion: an event may be nested about as deep as Python can go
+        item = left.pop()
+        if isinstance(item, Pairs):
+            names = [name for name, _ in item]
+            if len(set(names)) < len(names):
+                return True
+            left += [part for _, part in item]
+        elif isinstance(item, list):
+            left += item
+    return False
 
 
 def dtype_of(contract: ViewContract, name: str) -> FeastType:
