@@ -70,7 +70,7 @@ chaos: setup ## everything goes wrong at once, 100 kill -9 and more, and one by 
 campaign-stores: setup ## the property tests and crash mixes of the stores with 2,000 examples each (about an hour)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_EXAMPLES=2000 $(PYTHON) -m pytest --timeout 7200 tests/headrace $(ARGS)
 
-fuzz: setup ## a million hostile records through a real worker, against an independent reading (about ten minutes)
+fuzz: setup ## a million hostile records, JSON and Avro, through real workers, against an independent reading (about ten minutes)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_FUZZ=1000000 $(PYTHON) -m pytest -s tests/streaming/test_fuzz.py $(ARGS)
 
 demo: setup ## the whole path once: broker, database, worker, batch chain, then a table that says whether all agrees

@@ -164,7 +164,8 @@ def parse_timestamps(text: pa.Array) -> tuple[pa.Array, Mask]:
 def _parse_uniform(text: pa.Array) -> pa.Array | None:
     """The fast path: all with a zone or all without, none shorter than to the second; else None.
 
-    Arrow's own parser takes dates and minutes too, which are no event times here, hence the look at the lengths.
+    Arrow's own parser takes dates and minutes too, and zones of hours, which are no event times here: hence the look at
+    the lengths, and where there are zones at the whole form.
     """
     shortest = pc.min(pc.binary_length(text)).as_py()
     if shortest is None or shortest < len("2026-01-31 12:00:00"):
@@ -174,9 +175,10 @@ def _parse_uniform(text: pa.Array) -> pa.Array | None:
     except pa.ArrowInvalid:
         pass
     try:
-        return text.cast(TIMESTAMP)
+        moments = text.cast(TIMESTAMP)
     except pa.ArrowInvalid:
         return None
+    return moments if pc.all(pc.match_substring_regex(text, _ISO)).as_py() else None
 
 
 def _transformed(table: pa.Table, transform: Transform, faults: _Faults) -> tuple[pa.Table, Mask]:

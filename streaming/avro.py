@@ -23,6 +23,7 @@ from headrace.contract import ViewContract
 from headrace.errors import ConfigError, TransientError
 from streaming.avro_columns import Form, form_of, parse_time
 from streaming.avro_flat import FEWEST, FlatReader, is_flat
+from streaming.avro_numbers import check_numbers
 from streaming.avro_schema import AvroSchema, AvroSchemaError, Convert, Node, read_schema, resolve
 from streaming.decode import Decoded
 from streaming.schema_registry import MAGIC, PREFIX_BYTES, SchemaRegistry, UnknownSchemaError
@@ -391,6 +392,7 @@ def _read(plan: Plan, value: bytes) -> Any:
     if left:
         msg = f"{left} bytes are left after the record"
         raise ValueError(msg)
+    check_numbers(plan.schema.root, value, plan.skip_bytes)
     return record
 
 

@@ -63,7 +63,7 @@ def form_of(node: Node, dtype: FeastType, kind: pa.DataType) -> Form:
     if pa.types.is_integer(kind):
         return _integer_form(one, dtype)
     if pa.types.is_floating(kind):
-        return _float_form(one, dtype)
+        return _float_form(one, dtype, may_be_whole=len(node.branches) > 1)
     if pa.types.is_boolean(kind) and one.kind == "boolean":
         return Form(pa.bool_())
     if pa.types.is_binary(kind) and one.kind in ("bytes", "fixed") and one.logical != "decimal":
@@ -112,12 +112,12 @@ def _integer_form(node: Node, dtype: FeastType) -> Form:
     raise _unfit(node, dtype)
 
 
-def _float_form(node: Node, dtype: FeastType) -> Form:
+def _float_form(node: Node, dtype: FeastType, *, may_be_whole: bool) -> Form:
     if node.logical == "decimal":
         decimal = _decimal_reader(node)
         return Form(pa.float64(), lambda value: float(decimal(value)))
     if node.kind in ("float", "double"):
-        return Form(pa.float64())
+        return Form(pa.float64(), float if may_be_whole else None)  # Arrow itself takes no integer that must be rounded
     if node.kind in ("int", "long") and node.logical is None:
         return Form(pa.float64(), float)
     raise _unfit(node, dtype)
@@ -192,9 +192,10 @@ def _json_form(node: Node, dtype: FeastType) -> Form:
     if dtype == Array(Map) and not kinds <= {"array", "string"}:
         raise _unfit(node, dtype)
     plain = _plain(node)
+    holds_json = "string" in kinds  # a symbol of an enum is text too, but no JSON
 
     def convert(value: Any) -> str:
-        if isinstance(value, str):
+        if holds_json and isinstance(value, str):
             return value
         return msgspec.json.encode(value if plain is None else plain(value)).decode()
 
@@ -227,7 +228,7 @@ def _plain(node: Node) -> Convert | None:
         return lambda value: format(decimal(value), "f")
     if _is_uuid(node):
         return _uuid_text
-    if node.kind == "int" and node.logical == "date":
+    if node.logical == "date":
         return _date_text
     scale = _microseconds(node)
     if scale is None:
@@ -238,7 +239,7 @@ def _plain(node: Node) -> Convert | None:
 
 def _microseconds(node: Node) -> tuple[Convert | None] | None:
     """How a time becomes microseconds since the epoch; None if the type is no time."""
-    if node.kind == "int" and node.logical == "date":
+    if node.logical == "date":
         return (lambda days: days * _DAY_US,)
     if node.kind != "long" or node.logical is None:
         return None

@@ -267,6 +267,16 @@ def test_timestamps_are_read_as_python_reads_them(texts: list[str | None]) -> No
         assert moment == (expected - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
 
+@pytest.mark.parametrize("zone", ["", "Z", "+01:00"])
+@pytest.mark.parametrize(
+    "text", ["2026-01-31T12:00:00+05", "2026-01-31 12:00+01:00", "2026-01-31 12:00:00.5-01", "2026-01-31 12+01:00"]
+)
+def test_what_is_no_time_is_none_whatever_stands_beside_it(text: str, zone: str) -> None:
+    for texts in ([text], [text, f"2026-01-31 12:00:00{zone}"]):
+        _, bad = parse_timestamps(pa.array(texts, pa.string()))
+        assert bad.tolist() == [True, False][: len(texts)]
+
+
 def test_a_tag_that_cannot_be_understood_is_named(tmp_path: Path) -> None:
     for tags, message in (({"ge": "low"}, r"`rate`: tag ge='low' is no number"), ({"nullable": "no"}, "nullable='no'")):
         bad = view(features=[Field(name="rate", dtype=Float32, tags=tags)])[1]

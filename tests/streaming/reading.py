@@ -11,7 +11,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -91,23 +91,27 @@ def judge_of(contract: ViewContract, latest_us: int) -> Judge:
             event = parse(value)
             if not isinstance(event, Pairs):
                 return Verdict(None)
-            return Verdict(row_of(contract, event, latest_us), _has_doubles(event))
+            given = dict(event)  # of names that come twice the last counts
+            cells = {
+                name: None if given[name] is None else _top(dtype_of(contract, name), given[name])
+                for name in contract.schema.names
+                if name in given
+            }
+            return Verdict(row_of(contract, cells, latest_us), _has_doubles(event))
         except (ValueError, OverflowError):
             return Verdict(None)
 
     return judge
 
 
-def row_of(contract: ViewContract, event: Pairs, latest_us: int) -> Row:
-    """The row of an event, its times in microseconds. Of names that come twice the last counts."""
-    given = dict(event)
+def row_of(contract: ViewContract, cells: Mapping[str, Any], latest_us: int) -> Row:
+    """The row of an event whose values are read already, its times in microseconds."""
     row = []
     for field in contract.schema:
         rule = contract.rule(field.name)
-        if field.name not in given and rule.nullable is not True:
+        if field.name not in cells and rule.nullable is not True:
             raise ValueError(f"{field.name} is missing")
-        item = given.get(field.name)
-        result = None if item is None else _top(_dtype(contract, field.name), item)
+        result = cells.get(field.name)
         is_wanted = field.name in (*contract.join_keys, contract.timestamp_field) or rule.nullable is False
         if result is None and is_wanted:
             raise ValueError(f"{field.name} is null")
@@ -123,7 +127,7 @@ def rows_of(contract: ViewContract, table: pa.Table) -> list[Row]:
     """The rows of a stored table in the same form."""
     columns = []
     for name in contract.schema.names:
-        dtype = _dtype(contract, name)
+        dtype = dtype_of(contract, name)
         values = table.column(name).to_pylist()
         columns.append([None if value is None else _stored(dtype, value) for value in values])
     return list(zip(*columns, strict=True))
@@ -151,13 +155,21 @@ def _ordered(row: Row) -> str:
 
 
 def _has_doubles(value: Any) -> bool:
-    if isinstance(value, Pairs):
-        names = [name for name, _ in value]
-        return len(set(names)) < len(names) or any(_has_doubles(item) for _, item in value)
-    return isinstance(value, list) and any(map(_has_doubles, value))
+    left = [value]
+    while left:  # no recursion: an event may be nested about as deep as Python can go
+        item = left.pop()
+        if isinstance(item, Pairs):
+            names = [name for name, _ in item]
+            if len(set(names)) < len(names):
+                return True
+            left += [part for _, part in item]
+        elif isinstance(item, list):
+            left += item
+    return False
 
 
-def _dtype(contract: ViewContract, name: str) -> FeastType:
+def dtype_of(contract: ViewContract, name: str) -> FeastType:
+    """The type of a column."""
     is_time = name in (contract.timestamp_field, contract.created_field)
     return UnixTimestamp if is_time else contract.dtype(name)
 
@@ -277,8 +289,13 @@ def moment(value: Any) -> int:
         if int(hours) > 23 or int(minutes) > 59:
             raise ValueError(value)
         us -= (1 if sign == "+" else -1) * (int(hours) * 60 + int(minutes)) * 60_000_000
+    return in_calendar(us)
+
+
+def in_calendar(us: int) -> int:
+    """Microseconds that are a time of the years 1 to 9999."""
     if not _SMALLEST_US <= us <= _LARGEST_US:
-        raise ValueError(value)
+        raise ValueError(us)
     return us
 
 
@@ -300,12 +317,12 @@ def _any(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) and _text(value) is not None else plain(value)
 
 
-def _within(value: Any) -> Any:
+def within(value: Any) -> Any:
     """Integers of maps have 64 bits."""
     if isinstance(value, dict):
-        return {_text(name): _within(item) for name, item in value.items()}
+        return {_text(name): within(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_within(item) for item in value]
+        return [within(item) for item in value]
     if type(value) is int:
         return _whole(64)(value)
     return _text(value) if isinstance(value, str) else value
@@ -315,14 +332,14 @@ def _map(value: Any) -> dict[str, Any]:
     found = _any(value)
     if not isinstance(found, dict):
         raise ValueError(value)
-    return dict(_within(found))
+    return dict(within(found))
 
 
 def _maps(value: Any) -> list[Any]:
     found = _any(value)
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise ValueError(value)
-    return list(_within(found))
+    return list(within(found))
 
 
 _READ: dict[FeastType, Callable[[Any], Any]] = {

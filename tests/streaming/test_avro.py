@@ -171,6 +171,7 @@ COLUMNS: dict[str, tuple[FeastType, list[Variant]]] = {
             Variant("double", FLOAT64),
             Variant("float", FLOAT32),
             Variant("int", INT32, float),
+            Variant(["long", "double"], INT64 | FLOAT64, float),
             Variant(MONEY, CENTS, float),
         ],
     ),
@@ -241,6 +242,9 @@ COLUMNS: dict[str, tuple[FeastType, list[Variant]]] = {
     "any": (
         Json,
         [
+            Variant(
+                {"type": "enum", "name": "Symbols", "symbols": ["A", "B"]}, st.sampled_from("AB"), lambda s: f'"{s}"'
+            ),
             Variant(
                 {"type": "array", "items": ["null", "long", "string"]},
                 st.lists(st.none() | INT64 | TEXT, max_size=3),
@@ -394,6 +398,14 @@ def test_the_view_s_schema_is_the_reader_s_and_units_are_the_writer_s(server: Sc
     }
 
 
+def test_a_date_is_read_as_midnight_where_the_view_s_schema_has_a_timestamp(server: SchemaRegistryServer) -> None:
+    oldest = record(("id", "long"), ("at", logical("int", "date")), ("made", "null"))
+    newest = contract({"note": NOTE}, event_schema())
+    value = written(oldest, {**BASE, "at": NOW.date()}, server.register(oldest))
+    rows, rejects, _ = judge(newest, AvroDecoder(newest, SchemaRegistry(server.url)), [value])
+    assert (rows[0]["at"], rejects) == (_midnight(NOW.date()), {})
+
+
 def test_a_plain_long_is_a_time_if_the_view_s_schema_says_so(server: SchemaRegistryServer) -> None:
     bare = record(("id", "long"), ("at", "long"), ("made", ["null", "long"]))
     number = server.register(bare)
@@ -520,6 +532,8 @@ def varint(number: int) -> bytes:
 
 
 HUGE = varint(2**40)
+LEAST = varint(-(2**63)) + varint(0)
+WORDS, ENTRIES = b"\x04\x02a\x02b\0", b"\x02\x02k\x02\0"
 HOSTILE: dict[str, bytes] = {
     "nothing": b"",
     "a byte more": GOOD + b"\0",
@@ -538,9 +552,24 @@ HOSTILE: dict[str, bytes] = {
     "a trillion floats that no column wants": b"\x02\x02t\x00\x00\x00\x02" + HUGE + b"\0" * 40,
     "a branch below zero": written(RICH, RICH_VALUE)[:-1] + b"\x03",
     "no utf-8": GOOD.replace(b"\x02t", b"\x02\xff", 1),
+    "a number of twelve bytes": b"\x82" + b"\x80" * 10 + b"\0" + GOOD[1:],
+    "a list of as little as can be before another": GOOD.replace(WORDS, LEAST + WORDS, 1),
+    "a map of as little as can be before another": GOOD.replace(ENTRIES, LEAST + ENTRIES, 1),
     "a number without end": b"\xff" * 5000,
     "a number without end, ended": b"\xff" * 5000 + b"\0",
 }
+
+
+def test_many_high_bytes_are_no_fault() -> None:
+    """Text of other alphabets, and numbers and blocks that are as long as they may be."""
+    value = {**RICH_VALUE, "id": -(2**63), "text": "ключ доступа", "raw": b"\xff" * 40, "fixed": b"\xff" * 4}
+    good = written(RICH, value)
+    block = varint(-1) + varint(3)
+    padded = good.replace(WORDS, block + b"\x82\x80\x80\x80\x80\x80\x80\x80\x80\0a" + block + b"\x02b\0", 1)
+    rows, rejects, _ = judge(RICH_VIEW, AvroDecoder(RICH_VIEW, None), [good, padded])
+    assert rejects == {}
+    assert rows[0] == rows[1]
+    assert (rows[0]["id"], rows[0]["text"], rows[0]["words"]) == (value["id"], value["text"], ["a", "b"])
 
 
 @pytest.mark.timeout(60)
