@@ -15,6 +15,8 @@ from typing import Any
 import luigi
 import pytest
 from luigi.execution_summary import LuigiStatusCode
+from luigi.scheduler import Scheduler
+from luigi.worker import Worker
 
 from batch import Audit, Compact, Repair, Retain
 from batch.upkeep import MinuteParameter, now
@@ -114,8 +116,10 @@ def test_an_audit_fails_on_each_difference_and_repair_mends_it(
     assert "stores agree" in (run / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_commands_of_every_view(stores: Place) -> None:
-    """Each view differs in its own way; `notes` has no source table."""
+    """Each view differs in its own way; `notes` has no source table, and no source is asked."""
+    stores.database.unlink()
     kinds = {"notes": "different", "rides": "missing online", "zones": "stale"}
     for name, kind in kinds.items():
         BREAK[kind](filled(stores, name))
@@ -260,3 +264,21 @@ def test_a_tag_that_is_no_number_of_days_is_refused(days: str, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"`stats`: tag retain_days='.*' is no whole number of days from 1 to 99999"):
         ViewContract.from_feast(view(tags={"retain_days": days})[1], config(tmp_path))
     assert ViewContract.from_feast(view(tags={"retain_days": "90"})[1], config(tmp_path)).retain_days == 90
+
+
+def test_the_page_of_the_scheduler_has_the_report_and_what_came_of_it(here: Place) -> None:
+    BREAK["stale"](filled(here, "notes"))
+    failed, done = Audit(view="notes", at=AT), Compact(view="notes", at=AT)
+    scheduler = Scheduler()
+    with Worker(scheduler=scheduler, worker_id="here") as worker:
+        worker.add(failed)
+        worker.add(done)
+        worker.run()
+    tasks = scheduler.task_list("", "")
+    report = here.root / "data/batch/notes/audit=2026-03-10T0815/report.html"
+    assert tasks[failed.task_id]["tracking_url"] == report.as_uri()
+    message = scheduler.get_task_status_message(failed.task_id)["statusMessage"]
+    assert message.startswith(f"view `notes`: 1 of {KEYS} keys differ: 1 stale; see file:")
+    assert scheduler.get_task_progress_percentage(done.task_id)["progressPercentage"] == 100
+    message = scheduler.get_task_status_message(done.task_id)["statusMessage"]
+    assert message == f"{KEYS - 1} files merged, 0 removed; {KEYS} files of chains before, {KEYS + 1} after"
