@@ -4,6 +4,11 @@
 
 `Ingest` → `Clean` → `ExploreAndValidate` → `OfflineStore` → `Materialize`. Each takes `--view` (default:
 every view with a source table) and `--date` (default: yesterday, UTC).
+
+    luigi --module batch Audit [--view driver_stats]
+
+`Compact`, `Audit`, `Repair` and `Retain` keep the stores in order. Each takes `--view` (default: every view) and `--at`
+(default: the present minute, UTC).
 """
 
 from __future__ import annotations
@@ -13,5 +18,16 @@ from batch import command_line
 command_line.prepare()
 
 from batch.tasks import Clean, ExploreAndValidate, Ingest, Materialize, OfflineStore  # noqa: E402 - settings of Luigi first
+from batch.upkeep import Audit, Compact, Repair, Retain  # noqa: E402 - as above
 
-__all__ = ["Clean", "ExploreAndValidate", "Ingest", "Materialize", "OfflineStore"]
+__all__ = [
+    "Audit",
+    "Clean",
+    "Compact",
+    "ExploreAndValidate",
+    "Ingest",
+    "Materialize",
+    "OfflineStore",
+    "Repair",
+    "Retain",
+]

@@ -11,6 +11,12 @@
                               withdrawn.parquet              OfflineStore, if the day lost rows since its
                               last snapshot
                                               offline.json   OfflineStore
+    <batch_folder>/<view>/<task>=<T>/                    an upkeep task that was asked for at the minute T
+                          compact=<T>/compact.json
+                          audit=<T>/report.html  report.json     Audit, whatever it found
+                                                 passed.json     Audit, only if the stores agree
+                          repair=<T>/repair.json                 or repair-backwards=<T>/
+                          retain=<T>/retain.json                 or retain-dry-run=<T>/
 
 The JSON receipt of a step is written last, so it is what says that the step is complete.
 """
@@ -52,6 +58,10 @@ class ViewFolder:
     def day(self, run: date, day: date) -> DayFolder:
         """Where a run works on a day."""
         return DayFolder(self.path / f"run={run}" / f"day={day}")
+
+    def upkeep(self, name: str, minute: str) -> Path:
+        """Where an upkeep task that was asked for at a minute leaves its files."""
+        return self.path / f"{name}={minute}"
 
     def runs_of(self, day: date) -> list[DayFolder]:
         """What every run so far left of a day, by run."""

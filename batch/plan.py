@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -29,7 +29,7 @@ class Plan:
     """What a process was asked to run, looked up.
 
     Attributes:
-        problems: by view with a source table: what is wrong with its source for good, or None.
+        problems: by view: what is wrong with its source for good, or None.
         is_single: whether one view was asked for by name.
     """
 
@@ -37,20 +37,23 @@ class Plan:
     is_single: bool
 
 
-def look_up(settings: BatchSettings, view: str) -> Plan:
-    """Ask a child for the views.
+Find = Callable[[BatchSettings, Collection[str]], dict[str, str | None]]
 
-    An empty `view` means all that `HEADRACE_VIEWS` allows and that have a source table.
+
+def look_up(settings: BatchSettings, view: str, find: Find) -> Plan:
+    """Ask a child for the views, by one of the functions below.
+
+    An empty `view` means all that `HEADRACE_VIEWS` allows.
 
     Raises:
-        ConfigError: unknown view, a view without source table, nothing applied, no feature repository.
+        ConfigError: unknown view, nothing applied, no feature repository, and what `find` finds wrong.
     """
     context = multiprocessing.get_context()
     is_forked = context.get_start_method() == "fork"
     if is_forked:
         importlib.import_module("batch.steps")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(sender, settings, view), name="headrace-look-up")
+    child = context.Process(target=_answer, args=(sender, settings, view, find), name="headrace-look-up")
     with fork_lock:
         child.start()
     sender.close()
@@ -71,11 +74,18 @@ def look_up(settings: BatchSettings, view: str) -> Plan:
     return Plan(problems, bool(view))
 
 
+def find_all_views(settings: BatchSettings, names: Collection[str]) -> dict[str, str | None]:
+    """The views, whether or not they have a source table; nothing is wrong with any. Opens the registry."""
+    from headrace.repository import contracts, open_store  # noqa: PLC0415 - imports Feast, in the child only
+
+    return {contract.name: None for contract in contracts(open_store(settings.feature_repo), names)}
+
+
 def find_views(settings: BatchSettings, names: Collection[str]) -> dict[str, str | None]:
-    """The views and what is wrong with their sources. Opens the registry and the database.
+    """The views with a source table and what is wrong with their sources. Opens the registry and the database.
 
     Raises:
-        ConfigError: as `look_up`.
+        ConfigError: a view that was named has no source table, or none has.
     """
     from batch.source import open_source  # noqa: PLC0415 - imports Feast, in the child only
     from headrace.repository import contracts, open_store  # noqa: PLC0415
@@ -102,11 +112,11 @@ def find_views(settings: BatchSettings, names: Collection[str]) -> dict[str, str
     return problems
 
 
-def _answer(sender: Connection, settings: BatchSettings, view: str) -> None:
+def _answer(sender: Connection, settings: BatchSettings, view: str, find: Find) -> None:
     answer: tuple[dict[str, str | None], list[str]] | HeadraceError
     before = set(sys.modules)
     try:
-        problems = find_views(settings, (view,) if view else settings.view_names)
+        problems = find(settings, (view,) if view else settings.view_names)
         answer = problems, [name for name in sys.modules if name not in before]
     except HeadraceError as error:
         answer = error

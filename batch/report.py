@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -133,7 +132,7 @@ def explore(contract: ViewContract, folder: DayFolder, settings: BatchSettings, 
 def write_report(findings: Findings, folder: DayFolder) -> None:
     """Write the page and, beside it, the same as JSON. Each appears whole."""
     write_json(folder.verdict, {**asdict(findings), "passed": findings.passed})
-    write_text(folder.report, _template().render(f=findings, rejects_file=folder.rejects.name))
+    write_text(folder.report, template("report.html.j2").render(f=findings, rejects_file=folder.rejects.name))
 
 
 def _checks(counts: dict[str, Any], raw: dict[str, Any], settings: BatchSettings) -> Iterable[Check]:
@@ -316,11 +315,11 @@ def _shorten(text: str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
 
 
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
+@lru_cache
+def template(name: str) -> jinja2.Template:
+    """A page's template; what is put in is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("batch", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = lambda value: f"{value:,}"
-    environment.filters["pretty"] = lambda value: json.dumps(value, indent=1)
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)

@@ -29,6 +29,8 @@ class BatchSettings(Settings):
         allow_empty_day: whether the gate lets a day without any row pass.
         max_future_s: how far an event may be dated ahead of the time when it was read.
         chunk_rows: rows in memory at once while reading.
+        compact_grace_s: how long a file that was merged or replaced stays for those who read it: longer than the
+            longest read.
         report_url: where `batch_folder` is served, for the links in the scheduler's pages; empty gives
             `file:` links.
     """
@@ -42,6 +44,7 @@ class BatchSettings(Settings):
     allow_empty_day: bool = True
     max_future_s: float = Field(300, ge=0)
     chunk_rows: int = Field(65_536, ge=1)
+    compact_grace_s: float = Field(3600, ge=0)
     report_url: str = ""
 
     @property

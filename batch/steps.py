@@ -8,23 +8,29 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from datetime import date
+from dataclasses import asdict
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow.parquet as pq
 from feast import FeatureStore
 
+from batch.audit_report import as_json, write_audit
 from batch.clean import clean
 from batch.folder import DayFolder, read_json, staged
 from batch.publish import publish
 from batch.report import Findings, explore, write_report
 from batch.settings import settings
 from batch.source import open_source
+from headrace.audit import Audit, audit
 from headrace.chains import content_hash
+from headrace.compact import compact
 from headrace.contract import ViewContract, load_transform
 from headrace.materialize import materialize_arrived
+from headrace.repair import repair
 from headrace.repository import contracts, open_store
+from headrace.retain import retain
 
 logger = logging.getLogger("luigi-interface")
 
@@ -134,6 +140,85 @@ def materialize(view: str, watcher: Watcher) -> dict[str, Any]:
         "files": list(done.files),
         "already": done.already,
     }
+
+
+def compact_view(view: str, watcher: Watcher) -> dict[str, Any]:
+    """Merge what may be merged, and remove what is covered for longer than the grace."""
+    _, contract = _open(view)
+    watcher.say("looking for files to merge")
+    done = compact(
+        contract,
+        grace_s=settings().compact_grace_s,
+        progress=lambda rows, total: watcher.say_progress(rows, total, "rows merged"),
+    )
+    chains = done.chains.values()
+    before, after = sum(chain.files_before for chain in chains), sum(chain.files_after for chain in chains)
+    raised = sum(chain.files_merged + chain.files_linked for chain in chains)
+    removed = sum(chain.files_deleted for chain in chains) + done.days_deleted + done.temporary_deleted
+    what = f"{raised:,} files merged, {removed:,} removed; {before:,} files of chains before, {after:,} after"
+    _conclude(view, watcher, what if raised or removed else "nothing to merge or to remove")
+    return asdict(done)
+
+
+def audit_view(view: str, folder: Path, watcher: Watcher) -> Audit:
+    """Compare both stores, and write `report.html` and `report.json`, whatever they say."""
+    store, contract = _open(view)
+    watcher.say("looking at the newest rows offline")
+    found = audit(store, contract, progress=lambda keys, total: watcher.say_progress(keys, total, "keys compared"))
+    write_audit(found, contract.project, folder)
+    if not found.diverged:
+        _conclude(view, watcher, f"{found.keys:,} keys compared, none differs")
+    return found
+
+
+def repair_view(view: str, watcher: Watcher, *, backwards: bool) -> dict[str, Any]:
+    """Mend what differs, and audit again."""
+    store, contract = _open(view)
+    watcher.say("looking at the newest rows offline")
+    done = repair(
+        store,
+        contract,
+        backwards=backwards,
+        progress=lambda keys, total: watcher.say_progress(keys, total, "keys looked at"),
+    )
+    after = audit(store, contract, progress=lambda keys, total: watcher.say_progress(keys, total, "keys audited again"))
+    what = f"{done.mended.total():,} keys mended, {after.diverged:,} still differ"
+    if done.moved:
+        what += f"; {done.moved:,} were written by somebody else meanwhile"
+    _conclude(view, watcher, what)
+    return {
+        "backwards": backwards,
+        "mended": as_json(done.mended),
+        "moved": done.moved,
+        "keys_materialized": done.materialized.keys_written,
+        "before": {"keys": done.audit.keys, "counts": as_json(done.audit.counts)},
+        "after": {"keys": after.keys, "counts": as_json(after.counts)},
+    }
+
+
+def retain_view(view: str, at: datetime, watcher: Watcher, *, dry_run: bool) -> dict[str, Any]:
+    """Remove what is older, at a time, than the view's tag `retain_days` allows. A naive time is UTC."""
+    _, contract = _open(view)
+    if contract.retain_days is None:
+        _conclude(view, watcher, "everything is kept: the view has no tag `retain_days`")
+        return {"retain_days": None}
+    horizon = at.replace(tzinfo=UTC) - timedelta(days=contract.retain_days)
+    watcher.say(f"looking for files older than {horizon:%Y-%m-%d %H:%M}")
+    done = retain(
+        contract,
+        horizon,
+        dry_run=dry_run,
+        progress=lambda some, total: watcher.say_progress(some, total, "chains and days"),
+    )
+    removed = f"{done.rows:,} rows of {done.files:,} files {'would go' if dry_run else 'are gone'}"
+    _conclude(view, watcher, f"before {horizon:%Y-%m-%d %H:%M}: {removed if done.files else 'no whole file'}")
+    return {"retain_days": contract.retain_days, "dry_run": dry_run, **asdict(done)}
+
+
+def _conclude(view: str, watcher: Watcher, what: str) -> None:
+    """Say what came of it, also to who started it by hand: without a luigid there is no page."""
+    logger.info("view `%s`: %s", view, what)
+    watcher.say(what, 100)
 
 
 def _open(view: str) -> tuple[FeatureStore, ViewContract]:

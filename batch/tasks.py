@@ -39,14 +39,14 @@ from typing import Any
 import luigi
 
 from batch.folder import DayFolder, ViewFolder, clear_staging, locked, read_json, write_json
-from batch.plan import Plan, look_up
+from batch.plan import Find, Plan, find_all_views, find_views, look_up
 from batch.settings import settings
 from headrace.errors import ConfigError, HeadraceError, SchemaError, TerminalError
 
 logger = logging.getLogger("luigi-interface")
 
 _STATUS_INTERVAL_S = 0.5
-_plan: Plan | None = None
+_plans: dict[Find, Plan] = {}
 
 
 class GateClosedError(SchemaError):
@@ -69,11 +69,11 @@ class DayParameter(luigi.DateParameter):
             raise ConfigError(msg) from None
 
 
-class ChainTask(luigi.Task):
-    """What the five tasks have in common. Without a view a task stands for itself of every view."""
+class ViewTask(luigi.Task):
+    """What the tasks have in common. Without a view a task stands for itself of every view."""
 
-    view = luigi.Parameter(default="", description="the feature view; default: every view with a source table")
-    date = DayParameter(default=today() - timedelta(days=1), description="the day; default: yesterday, UTC")
+    view = luigi.Parameter(default="", description="the feature view; default: every view")
+    find = staticmethod(find_all_views)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -86,12 +86,20 @@ class ChainTask(luigi.Task):
         """The file that says that the task is complete."""
         raise NotImplementedError
 
-    def upstream(self) -> list[ChainTask]:
+    def upstream(self) -> list[ViewTask]:
         """The tasks that must be complete before."""
         return []
 
-    def days(self) -> list[DayFolder]:
-        """The days whose data the task rests on."""
+    def check_request(self) -> None:
+        """Refuse what cannot be done, before anything starts.
+
+        Raises:
+            ConfigError: says what, and why.
+        """
+        _planned(self.find, self.view)
+
+    def moment(self) -> dict[str, Any]:
+        """Which run it is, for the receipt."""
         raise NotImplementedError
 
     def lock(self) -> str:
@@ -110,7 +118,7 @@ class ChainTask(luigi.Task):
             return [luigi.LocalTarget(str(self.receipt()))]
         return [target for task in self._of_every_view() for target in task.output()]
 
-    def requires(self) -> list[ChainTask]:
+    def requires(self) -> list[ViewTask]:
         """The same task of every view, or what comes before it."""
         return self.upstream() if self.view else self._of_every_view()
 
@@ -124,7 +132,7 @@ class ChainTask(luigi.Task):
             return all(task.complete() for task in self._of_every_view())
         done = self.receipt().exists()
         if not done and multiprocessing.parent_process() is None:
-            self._check_request()
+            self.check_request()
         return done
 
     def run(self) -> None:
@@ -134,7 +142,7 @@ class ChainTask(luigi.Task):
         started = time.monotonic()
         receipt = self.receipt()
         try:
-            with locked(self._view_folder.lock(self.lock()), lambda: self.say("waiting for another run's work on it")):
+            with locked(self.view_folder.lock(self.lock()), lambda: self.say("waiting for another run's work on it")):
                 if receipt.exists():
                     self.say("done by another run", 100)
                     return
@@ -146,8 +154,7 @@ class ChainTask(luigi.Task):
                         "task": type(self).__name__,
                         "task_id": self.task_id,
                         "view": self.view,
-                        "date": self.date,
-                        "run_date": getattr(self, "run_date", self.date),
+                        **self.moment(),
                         **content,
                         "duration_s": round(time.monotonic() - started, 3),
                         "finished": datetime.now(UTC),
@@ -189,46 +196,64 @@ class ChainTask(luigi.Task):
         else:
             self.say(f"{done:,} {what}")
 
-    def inform_scheduler(self, *, tracking_url: str | None = None, retry_count: int | None = None) -> None:
-        """Set the task's link, and how often it may fail.
+    def inform_scheduler(self, *, retry_count: int | None, tracking_url: str | None = None) -> None:
+        """Set the task's link, and how often it may fail; None: as `luigi.cfg` says.
 
         Luigi's own `set_tracking_url` registers the task anew and thereby resets its retry policy to the
         scheduler's defaults, so a closed gate would be tried again; its next failure is judged by the
-        policy of the last registration. Hence one registration with both. Nothing happens outside a worker.
+        policy of the last registration. Hence one registration with both. Nothing happens outside a worker, nor in a
+        child of a worker with a scheduler of its own (`--local-scheduler`), whose copy nobody sees: there a failure
+        is judged by the class's `retry_count`.
         """
         reporter = getattr(self.set_tracking_url, "__self__", None)
         if reporter is None:
             return
-        policy = {"retry_count": self.retry_count if retry_count is None else retry_count}
         reporter._scheduler.add_task(
             task_id=reporter._task_id,
             worker=reporter._worker_id,
             status="RUNNING",
             tracking_url=tracking_url,
-            retry_policy_dict=policy,
+            retry_policy_dict={"retry_count": retry_count},
         )
 
     # Views.
 
     @property
-    def _view_folder(self) -> ViewFolder:
+    def view_folder(self) -> ViewFolder:
+        """The view's part of the work folder."""
         return ViewFolder(settings().folder, self.view)
 
-    def _of_every_view(self) -> list[ChainTask]:
+    def _of_every_view(self) -> list[ViewTask]:
         if self._views is None:
-            self._views = tuple(_planned("").problems)
+            self._views = tuple(_planned(self.find, "").problems)
         return [self.clone(view=view) for view in self._views]  # type: ignore[no-untyped-call]
 
-    def _check_request(self) -> None:
-        """Refuse what cannot be done, before anything starts."""
+
+class ChainTask(ViewTask):
+    """A task of the chain, which is run for a date."""
+
+    view = luigi.Parameter(default="", description="the feature view; default: every view with a source table")
+    date = DayParameter(default=today() - timedelta(days=1), description="the day; default: yesterday, UTC")
+    find = staticmethod(find_views)
+
+    def days(self) -> list[DayFolder]:
+        """The days whose data the task rests on."""
+        raise NotImplementedError
+
+    def check_request(self) -> None:
+        """Refuse a day that is not over, and a view or a source that does not fit."""
         if self.date >= today():
             newest = today() - timedelta(days=1)
             msg = f"{self.date} is not over yet (UTC); the newest day that can be done is {newest}"
             raise ConfigError(msg)
-        plan = _planned(self.view)
+        plan = _planned(self.find, self.view)
         problem = plan.problems.get(self.view)
         if plan.is_single and problem is not None and any(_needs_source(day) for day in self.days()):
             raise ConfigError(problem)
+
+    def moment(self) -> dict[str, Any]:
+        """The day, and the run for which it is done."""
+        return {"date": self.date, "run_date": getattr(self, "run_date", self.date)}
 
 
 class DayTask(ChainTask):
@@ -251,7 +276,7 @@ class DayTask(ChainTask):
     @property
     def folder(self) -> DayFolder:
         """Where the step works."""
-        return self._view_folder.day(self.run_date, self.date)
+        return self.view_folder.day(self.run_date, self.date)
 
     def days(self) -> list[DayFolder]:
         """Its own."""
@@ -268,7 +293,8 @@ class Ingest(DayTask):
     @property
     def retry_count(self) -> int | None:
         """What the look-up found wrong with the source is wrong for good; else as `luigi.cfg` says."""
-        return 1 if _plan is not None and _plan.problems.get(self.view) is not None else None
+        plan = _plans.get(self.find)
+        return 1 if plan is not None and plan.problems.get(self.view) is not None else None
 
     def receipt(self) -> Path:
         """`raw.json`."""
@@ -288,7 +314,7 @@ class Clean(DayTask):
         """`clean.json`."""
         return self.folder.clean_receipt
 
-    def upstream(self) -> list[ChainTask]:
+    def upstream(self) -> list[ViewTask]:
         """`Ingest`."""
         return [self.clone(Ingest)]  # type: ignore[no-untyped-call]
 
@@ -308,7 +334,7 @@ class ExploreAndValidate(DayTask):
         """`passed.json`, the pass marker."""
         return self.folder.passed
 
-    def upstream(self) -> list[ChainTask]:
+    def upstream(self) -> list[ViewTask]:
         """`Clean`."""
         return [self.clone(Clean)]  # type: ignore[no-untyped-call]
 
@@ -318,7 +344,7 @@ class ExploreAndValidate(DayTask):
 
         url = report_url(self.folder.report)
         findings = steps.report(self.view, self.date, self.folder, self)
-        self.inform_scheduler(tracking_url=url)
+        self.inform_scheduler(retry_count=self.retry_count, tracking_url=url)
         reasons = "; ".join(
             f"{check.name}: {check.found}, expected {check.expected}" for check in findings.failed("error")
         )
@@ -337,7 +363,7 @@ class OfflineStore(DayTask):
         """`offline.json`."""
         return self.folder.offline_receipt
 
-    def upstream(self) -> list[ChainTask]:
+    def upstream(self) -> list[ViewTask]:
         """`ExploreAndValidate`."""
         return [self.clone(ExploreAndValidate)]  # type: ignore[no-untyped-call]
 
@@ -346,7 +372,7 @@ class OfflineStore(DayTask):
         from batch import steps  # noqa: PLC0415 - as the module's docstring says
 
         read_us: int = read_json(self.folder.clean_receipt)["read_us"]
-        newer = newer_read(self._view_folder, self.date, read_us)
+        newer = newer_read(self.view_folder, self.date, read_us)
         if newer is not None:
             self.say(f"left as it is: run {newer} read the day later", 100)
             return {"read_us": read_us, "superseded_by": newer}
@@ -360,15 +386,15 @@ class Materialize(ChainTask):
 
     def receipt(self) -> Path:
         """`materialize.json`."""
-        return self._view_folder.materialized(self.date)
+        return self.view_folder.materialized(self.date)
 
-    def upstream(self) -> list[ChainTask]:
+    def upstream(self) -> list[ViewTask]:
         """`OfflineStore` of the day and of the recent days, which are read again."""
         return [OfflineStore(view=self.view, date=day, run_date=self.date) for day in self._dates()]
 
     def days(self) -> list[DayFolder]:
         """The day and the recent ones."""
-        return [self._view_folder.day(self.date, day) for day in self._dates()]
+        return [self.view_folder.day(self.date, day) for day in self._dates()]
 
     def lock(self) -> str:
         """One at a time for a view."""
@@ -404,12 +430,11 @@ def newer_read(folder: ViewFolder, day: date, read_us: int) -> str | None:
     return None
 
 
-def _planned(view: str) -> Plan:
-    """The look-up of this process, made when it is first needed."""
-    global _plan  # noqa: PLW0603 - once a process, and children inherit it
-    if _plan is None:
-        _plan = look_up(settings(), view)
-    return _plan
+def _planned(find: Find, view: str) -> Plan:
+    """The look-up of this process, made when it is first needed, once; children inherit it."""
+    if find not in _plans:
+        _plans[find] = look_up(settings(), view, find)
+    return _plans[find]
 
 
 def _needs_source(day: DayFolder) -> bool:

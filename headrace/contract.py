@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,7 @@ class ViewContract:
             The format is lower-case: `json`, `avro`, `proto`.
         source_table: the view's tag of that name, the table that the batch chain reads; None without one.
         transform: the view's tag of that name, `module:function`; None without one.
+        retain_days: the view's tag of that name, how many days of history retention keeps; None without one: all.
     """
 
     name: str
@@ -129,6 +131,7 @@ class ViewContract:
     message_schema: str | None
     source_table: str | None
     transform: str | None
+    retain_days: int | None
 
     @classmethod
     def from_feast(cls, view: FeatureView, config: RepoConfig) -> ViewContract:
@@ -185,6 +188,7 @@ class ViewContract:
             message_schema=getattr(message_format, "schema_json", None) or None,
             source_table=view.tags.get("source_table") or None,
             transform=view.tags.get("transform") or None,
+            retain_days=_retain_days(view),
         )
 
     def view_name(self, column: str) -> str:
@@ -336,6 +340,19 @@ def _rule(view: FeatureView, field: Field, column: str) -> Rule:
             raise ConfigError(msg)
         values["nullable"] = tags["nullable"] == "true"
     return Rule(column, **values)
+
+
+def _retain_days(view: FeatureView) -> int | None:
+    text = view.tags.get("retain_days")
+    if text is None:
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,4}", text):
+        msg = (
+            f"feature view `{view.name}`: tag retain_days={text!r} is no whole number of days from 1 to 99999; "
+            "write it as in {'retain_days': '90'}, or remove it to keep everything"
+        )
+        raise ConfigError(msg)
+    return int(text)
 
 
 def _format_name(message_format: Any) -> str | None:

@@ -40,9 +40,9 @@ def configure(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
             monkeypatch.setenv(name, value)
         forget()
 
-    def look_up(chosen: BatchSettings, view: str) -> plan.Plan:
+    def look_up(chosen: BatchSettings, view: str, find: plan.Find) -> plan.Plan:
         names = (view,) if view else chosen.view_names
-        return plan.Plan(plan.find_views(chosen, names), bool(view))
+        return plan.Plan(find(chosen, names), bool(view))
 
     fresh = configuration.cfg_parser.LuigiConfigParser()
     for section, option, value in (
@@ -66,5 +66,5 @@ def configure(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 def forget() -> None:
     """What a new process would not know."""
     settings.cache_clear()
-    tasks._plan = None
+    tasks._plans.clear()
     Register.clear_instance_cache()

@@ -65,7 +65,7 @@ zones = FeatureView(
     schema=[Field(name="zone", dtype=String), Field(name="level", dtype=Int64)],
 )
 notes = FeatureView(
-    name="notes", entities=[zone], source=history("notes"),
+    name="notes", entities=[zone], source=history("notes"), tags={"retain_days": "30"},
     schema=[Field(name="zone", dtype=String), Field(name="n", dtype=Int64)],
 )
 """

@@ -340,7 +340,7 @@ def test_a_day_that_is_not_over_is_refused(here: Place) -> None:
 def test_days_before_the_start_are_not_read_again(here: Place, configure: Callable[..., None]) -> None:
     assert here.repo.is_dir()
     configure(start_date=D - timedelta(days=1))
-    assert [t.date for t in Materialize(view="rides", date=D).requires()] == [D, D - timedelta(days=1)]
+    assert [t.date for t in Materialize(view="rides", date=D).requires()] == [D, D - timedelta(days=1)]  # type: ignore[attr-defined]
 
 
 def test_a_date_is_a_day() -> None:
