@@ -12,6 +12,7 @@ from batch import command_line
 
 command_line.prepare()
 
+from batch.backfill import Backfill  # noqa: E402 - settings of Luigi first
 from batch.tasks import Clean, ExploreAndValidate, Ingest, Materialize, OfflineStore  # noqa: E402 - settings of Luigi first
 
-__all__ = ["Clean", "ExploreAndValidate", "Ingest", "Materialize", "OfflineStore"]
+__all__ = ["Backfill", "Clean", "ExploreAndValidate", "Ingest", "Materialize", "OfflineStore"]
