@@ -3,7 +3,9 @@
     luigi --module batch Materialize --date 2026-01-31 [--view driver_stats]
 
 `Ingest` → `Clean` → `ExploreAndValidate` → `OfflineStore` → `Materialize`. Each takes `--view` (default:
-every view with a source table) and `--date` (default: yesterday, UTC).
+every view with a source table) and `--date` (default: yesterday, UTC). `Backfill` does them for many days:
+
+    luigi --module batch Backfill --start 2026-01-01 --stop 2026-02-01 --workers 4
 
     luigi --module batch Audit [--view driver_stats]
 
@@ -17,11 +19,13 @@ from batch import command_line
 
 command_line.prepare()
 
+from batch.backfill import Backfill  # noqa: E402 - settings of Luigi first
 from batch.tasks import Clean, ExploreAndValidate, Ingest, Materialize, OfflineStore  # noqa: E402 - settings of Luigi first
 from batch.upkeep import Audit, Compact, Repair, Retain  # noqa: E402 - as above
 
 __all__ = [
     "Audit",
+    "Backfill",
     "Clean",
     "Compact",
     "ExploreAndValidate",

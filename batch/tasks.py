@@ -246,6 +246,10 @@ class ChainTask(ViewTask):
             newest = today() - timedelta(days=1)
             msg = f"{self.date} is not over yet (UTC); the newest day that can be done is {newest}"
             raise ConfigError(msg)
+        self._check_source()
+
+    def _check_source(self) -> None:
+        """Refuse a view whose source cannot be read, if it must be."""
         plan = _planned(self.find, self.view)
         problem = plan.problems.get(self.view)
         if plan.is_single and problem is not None and any(_needs_source(day) for day in self.days()):
