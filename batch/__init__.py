@@ -4,6 +4,10 @@
 
 `Ingest` → `Clean` → `ExploreAndValidate` → `OfflineStore` → `Materialize`. Each takes `--view` (default:
 every view with a source table) and `--date` (default: yesterday, UTC).
+
+    luigi --module batch History
+
+shows what ran.
 """
 
 from __future__ import annotations
@@ -12,6 +16,10 @@ from batch import command_line
 
 command_line.prepare()
 
-from batch.tasks import Clean, ExploreAndValidate, Ingest, Materialize, OfflineStore  # noqa: E402 - settings of Luigi first
+from batch import recording, tasks  # noqa: E402 - settings of Luigi first
+from batch.history import History  # noqa: E402
+from batch.tasks import Clean, ExploreAndValidate, Ingest, Materialize, OfflineStore  # noqa: E402
 
-__all__ = ["Clean", "ExploreAndValidate", "Ingest", "Materialize", "OfflineStore"]
+recording.record(tasks.ChainTask)
+
+__all__ = ["Clean", "ExploreAndValidate", "History", "Ingest", "Materialize", "OfflineStore"]

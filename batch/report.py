@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
-from functools import lru_cache
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch.folder import DayFolder, read_json, write_json, write_text
+from batch.pages import template
 from batch.settings import BatchSettings
 from headrace.contract import ViewContract
 
@@ -133,7 +131,7 @@ def explore(contract: ViewContract, folder: DayFolder, settings: BatchSettings, 
 def write_report(findings: Findings, folder: DayFolder) -> None:
     """Write the page and, beside it, the same as JSON. Each appears whole."""
     write_json(folder.verdict, {**asdict(findings), "passed": findings.passed})
-    write_text(folder.report, _template().render(f=findings, rejects_file=folder.rejects.name))
+    write_text(folder.report, template("report.html.j2").render(f=findings, rejects_file=folder.rejects.name))
 
 
 def _checks(counts: dict[str, Any], raw: dict[str, Any], settings: BatchSettings) -> Iterable[Check]:
@@ -314,13 +312,3 @@ def _instant(time_us: float) -> str | None:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
-
-
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("batch", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = lambda value: f"{value:,}"
-    environment.filters["pretty"] = lambda value: json.dumps(value, indent=1)
-    return environment.get_template("report.html.j2")
