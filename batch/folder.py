@@ -11,6 +11,7 @@
                               withdrawn.parquet              OfflineStore, if the day lost rows since its
                               last snapshot
                                               offline.json   OfflineStore
+    <batch_folder>/history/, history.html                what ran (`batch.ledger`, `batch.history`)
 
 The JSON receipt of a step is written last, so it is what says that the step is complete.
 """
