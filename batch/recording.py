@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from headrace.errors import ConfigError, HeadraceError, TerminalError
 logger = logging.getLogger("luigi-interface")
 
 _LONGEST_ERROR = 500
+_LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+"""Of a URL that is in no setting of ours, as the scheduler's."""
 _entries: dict[str, Entry] = {}
 
 
@@ -105,11 +108,12 @@ def refused(task: ChainTask, *_: object) -> None:
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error's type and the first line of its message, printable, not long, without secrets of the settings."""
+    """An error's type and the first line of its message, printable, not long, without secrets of settings or URLs."""
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     for secret in settings().secrets:
         text = text.replace(secret, "***")
+    text = _LOGIN.sub("***", text)
     text = "".join(character if character.isprintable() else " " for character in text)
     return text if len(text) <= _LONGEST_ERROR else text[: _LONGEST_ERROR - 1] + "…"
 

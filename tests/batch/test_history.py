@@ -240,6 +240,7 @@ def test_an_error_is_one_line_without_secrets_and_controls(here: Place, configur
     configure(source_url=url, batch_webhook_url="https://hooks.example/s3cret")
     assert in_one_line(OSError(f"\nno {url}, p@ss, p%40ss\x1b[31m\nmore")) == "OSError: no ***, ***, *** [31m"
     assert in_one_line(OSError("at https://hooks.example/s3cret")) == "OSError: at ***"
+    assert in_one_line(OSError("at http://me:s3cret@luigid:8082/a@b")) == "OSError: at http://***@luigid:8082/a@b"
     assert in_one_line(ValueError()) == "ValueError"
     assert len(in_one_line(ValueError("x" * 10_000))) == 500
 
