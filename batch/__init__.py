@@ -11,6 +11,10 @@ every view with a source table) and `--date` (default: yesterday, UTC). `Backfil
 
 `Compact`, `Audit`, `Repair` and `Retain` keep the stores in order. Each takes `--view` (default: every view) and `--at`
 (default: the present minute, UTC).
+
+    luigi --module batch History
+
+shows what ran.
 """
 
 from __future__ import annotations
@@ -19,9 +23,13 @@ from batch import command_line
 
 command_line.prepare()
 
-from batch.backfill import Backfill  # noqa: E402 - settings of Luigi first
-from batch.tasks import Clean, ExploreAndValidate, Ingest, Materialize, OfflineStore  # noqa: E402 - settings of Luigi first
-from batch.upkeep import Audit, Compact, Repair, Retain  # noqa: E402 - as above
+from batch import recording, tasks  # noqa: E402 - settings of Luigi first
+from batch.backfill import Backfill  # noqa: E402
+from batch.history import History  # noqa: E402
+from batch.tasks import Clean, ExploreAndValidate, Ingest, Materialize, OfflineStore  # noqa: E402
+from batch.upkeep import Audit, Compact, Repair, Retain  # noqa: E402
+
+recording.record(tasks.ViewTask)
 
 __all__ = [
     "Audit",
@@ -29,6 +37,7 @@ __all__ = [
     "Clean",
     "Compact",
     "ExploreAndValidate",
+    "History",
     "Ingest",
     "Materialize",
     "OfflineStore",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from batch.folder import write_json, write_text
-from batch.report import template
+from batch.pages import template
 from headrace.audit import BACKWARD, FORWARD, Audit, Example, Kind
 
 FAULTS = (*FORWARD, *BACKWARD)

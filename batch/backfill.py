@@ -85,6 +85,7 @@ class BackfillDay(RangeTask):
     """One day of a backfill: done with `OfflineStore`; it tells how far the whole is."""
 
     date = DayParameter(description="the day")
+    is_recorded = False
 
     def receipt(self) -> Path:
         """That of `OfflineStore`."""
@@ -151,6 +152,11 @@ class Backfill(RangeTask):
             for day in self.dates
             if day not in published
         ]
+
+    @property
+    def is_recorded(self) -> bool:  # type: ignore[override]
+        """Of one that is forced, what it makes undone and redone is."""
+        return not (self.force_from or self.dry_run)
 
     def lock(self) -> str:
         """As `Materialize`: one at a time for a view."""

@@ -17,6 +17,8 @@
                                                  passed.json     Audit, only if the stores agree
                           repair=<T>/repair.json                 or repair-backwards=<T>/
                           retain=<T>/retain.json                 or retain-dry-run=<T>/
+    <batch_folder>/<view>/backfill=<A>..<B>/             Backfill: materialize.json, or plan.json, forced.json
+    <batch_folder>/history/, history.html                what ran (`batch.ledger`, `batch.history`)
 
 The JSON receipt of a step is written last, so it is what says that the step is complete.
 """

@@ -6,16 +6,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
-from functools import lru_cache
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch.folder import DayFolder, read_json, write_json, write_text
+from batch.pages import template
 from batch.settings import BatchSettings
 from headrace.contract import ViewContract
 
@@ -313,13 +312,3 @@ def _instant(time_us: float) -> str | None:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
-
-
-@lru_cache
-def template(name: str) -> jinja2.Template:
-    """A page's template; what is put in is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("batch", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = lambda value: f"{value:,}"
-    return environment.get_template(name)

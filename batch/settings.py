@@ -6,8 +6,9 @@ from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 
 from headrace.settings import Settings, load
 
@@ -33,6 +34,7 @@ class BatchSettings(Settings):
             longest read.
         report_url: where `batch_folder` is served, for the links in the scheduler's pages; empty gives
             `file:` links.
+        batch_webhook_url: where a failure is told of, by a POST of JSON. None: nowhere.
     """
 
     source_url: SecretStr | None = None
@@ -46,11 +48,28 @@ class BatchSettings(Settings):
     chunk_rows: int = Field(65_536, ge=1)
     compact_grace_s: float = Field(3600, ge=0)
     report_url: str = ""
+    batch_webhook_url: SecretStr | None = None
+
+    @field_validator("batch_webhook_url")
+    @classmethod
+    def _is_url(cls, url: SecretStr | None) -> SecretStr | None:
+        parts = urlsplit(url.get_secret_value()) if url is not None else None
+        if parts is not None and not (parts.scheme in {"http", "https"} and parts.hostname):
+            msg = "expected a URL that begins with https:// or http://"
+            raise ValueError(msg)
+        return url
 
     @property
     def folder(self) -> Path:
         """`batch_folder`, absolute."""
         return (self.feature_repo.resolve() / self.batch_folder).resolve()
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What no message may show: URLs that hold a login, and the database's password."""
+        urls = [url.get_secret_value() for url in (self.source_url, self.batch_webhook_url) if url is not None]
+        passwords = [urlsplit(url).password or "" for url in urls]
+        return tuple(text for text in (*urls, *passwords, *map(unquote, passwords)) if text)
 
 
 @lru_cache(maxsize=1)

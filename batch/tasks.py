@@ -74,6 +74,8 @@ class ViewTask(luigi.Task):
 
     view = luigi.Parameter(default="", description="the feature view; default: every view")
     find = staticmethod(find_all_views)
+    is_recorded = True
+    """Whether its runs are told of in the history; without a view none is."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -101,6 +103,10 @@ class ViewTask(luigi.Task):
     def moment(self) -> dict[str, Any]:
         """Which run it is, for the receipt."""
         raise NotImplementedError
+
+    def page(self) -> Path | None:
+        """The report that it leaves for people; None if it leaves none."""
+        return None
 
     def lock(self) -> str:
         """The name of the lock, within the view, under which the task works."""
@@ -285,6 +291,10 @@ class DayTask(ChainTask):
     def days(self) -> list[DayFolder]:
         """Its own."""
         return [self.folder]
+
+    def page(self) -> Path:
+        """The day's report, whichever step it is."""
+        return self.folder.report
 
     def lock(self) -> str:
         """All runs that work on a day take turns."""

@@ -105,12 +105,16 @@ class Audit(UpkeepTask):
         """`passed.json`, the sign that the stores agree."""
         return self.folder / "passed.json"
 
+    def page(self) -> Path:
+        """What was compared, and where it differs."""
+        return self.folder / "report.html"
+
     def work(self) -> dict[str, Any]:
         """Write the report, link it, and fail if a key differs."""
         from batch import audit_report, steps  # noqa: PLC0415 - as in `batch.tasks`
 
         found = steps.audit_view(self.view, self.folder, self)
-        url = report_url(self.folder / "report.html")
+        url = report_url(self.page())
         self.inform_scheduler(retry_count=self.retry_count, tracking_url=url)
         if found.diverged:
             command = audit_report.repair_command(found)

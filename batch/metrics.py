@@ -1,0 +1,84 @@
+"""Prometheus metrics of the chain, for node_exporter's textfile collector: jobs end before they are scraped.
+
+The file is its own memory: each run reads what it says, adds itself, and replaces it. So a run costs the same
+whatever the history; counters of a file that was deleted start again at 0, which Prometheus understands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, write_to_textfile
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from batch.folder import locked
+from batch.ledger import Run
+
+FILE = "headrace_batch.prom"
+
+_SUCCESS = "headrace_batch_last_success_timestamp_seconds"
+_DURATION = "headrace_batch_last_duration_seconds"
+_ROWS = "headrace_batch_last_rows"
+_RUNS = "headrace_batch_runs"
+_TASK = ("task", "view")
+_LABELS = {_SUCCESS: _TASK, _DURATION: _TASK, _ROWS: _TASK, _RUNS: (*_TASK, "outcome")}
+
+_Samples = dict[str, dict[tuple[str, ...], float]]
+
+
+class Runs(Collector):
+    """What the file says. A collector of its own, because Feast makes the client's gauges count in files."""
+
+    def __init__(self, samples: _Samples) -> None:
+        self._samples = samples
+
+    def collect(self) -> Iterable[Metric]:
+        """For the registry."""
+        for family in (
+            GaugeMetricFamily(_SUCCESS, "When the task last succeeded for a day of its own run.", labels=_TASK),
+            GaugeMetricFamily(_DURATION, "How long that took.", labels=_TASK),
+            GaugeMetricFamily(_ROWS, "Rows it had; keys written, of Materialize.", labels=_TASK),
+            CounterMetricFamily(_RUNS, "Tries of the task that ended, by outcome.", labels=_LABELS[_RUNS]),
+        ):
+            for values, number in self._samples[family.name].items():
+                family.add_metric(values, number)
+            yield family
+
+
+def count(path: Path, run: Run) -> None:
+    """Add a run that ended to the file, atomically.
+
+    A day that a later run read again counts as a run, but is not the task's last success, duration and rows.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_suffix(".lock"), lambda: None):
+        samples = _read(path)
+        name = (run.task, run.view)
+        tries = (*name, str(run.outcome))
+        samples[_RUNS][tries] = samples[_RUNS].get(tries, 0.0) + 1
+        if run.outcome == "done" and run.end is not None and not run.is_reread:
+            last = {_SUCCESS: run.end.timestamp(), _DURATION: run.duration_s, _ROWS: run.rows}
+            for gauge, value in last.items():
+                if value is not None:
+                    samples[gauge][name] = value
+        registry = CollectorRegistry()
+        registry.register(Runs(samples))
+        write_to_textfile(str(path), registry)
+
+
+def _read(path: Path) -> _Samples:
+    """What the file says; nothing if there is none, or it is torn."""
+    samples: _Samples = {name: {} for name in _LABELS}
+    try:
+        for family in text_string_to_metric_families(path.read_text(encoding="utf-8")):
+            for sample in family.samples:
+                samples[family.name][*(sample.labels[label] for label in _LABELS[family.name])] = sample.value
+    except (FileNotFoundError, ValueError, KeyError):
+        return {name: {} for name in _LABELS}
+    return samples
