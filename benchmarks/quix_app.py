@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import uuid
 
 import orjson
 from quixstreams import Application
@@ -67,7 +68,7 @@ def main() -> None:
 
     app = Application(
         broker_address=broker,
-        consumer_group="quix",
+        consumer_group=f"quix-{uuid.uuid4().hex}",  # of this run alone: it reads from the beginning
         auto_offset_reset="earliest",
         commit_interval=COMMIT_S,
         on_message_processed=processed,

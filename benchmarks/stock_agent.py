@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import time
+import uuid
 from typing import Any
 
 import faust
@@ -23,7 +24,7 @@ EVENTS = int(os.environ["STOCK_EVENTS"])
 
 store = FeatureStore(repo_path=os.environ["STOCK_REPO"])
 app = faust.App(
-    "stock",
+    f"stock-{uuid.uuid4().hex}",  # a group of this run alone: it reads from the beginning
     broker=f"kafka://{os.environ['STOCK_BROKER']}",
     topic_disable_leader=True,
     web_enabled=False,
