@@ -82,13 +82,13 @@ def history(store: FeatureStore, at_hours: int) -> list[float]:
     return [float(value) for value in frame.sort_values("shop_id")["turnover"]]
 
 
-def documented(heading: str, start: str) -> list[str]:
-    """The command of a section of docs/stores.md that begins so, in words."""
+def documented(start: str) -> list[str]:
+    """The command of the way back in docs/stores.md that has these words, in words."""
     text = (ROOT / "docs/stores.md").read_text(encoding="utf-8")
-    section = text.split(f"## {heading}")[1].split("\n## ")[0]
-    blocks = [block for block in re.findall(r"```\n(.*?)```", section, re.DOTALL) if start in block]
-    assert len(blocks) == 1
-    return shlex.split(blocks[0].replace("\\\n", ""))
+    section = text.split("## Switch a repository over, and back")[1].split("\n## ")[0]
+    commands = re.findall(r"```\n(.*?)```|(?<!`)`([^`]+)`(?!`)", section, re.DOTALL)
+    (found,) = [block or inline for block, inline in commands if start in (block or inline)]
+    return shlex.split(found.replace("\\\n", ""))
 
 
 @pytest.mark.parametrize("offline", ["dask", "duckdb"])
@@ -134,8 +134,11 @@ def test_there_and_back_again(
         push(contract, contract_table(contract, sales(3, at_hours, 1000.0 + at_hours)))
 
     # And back.
-    python = documented("Switch a repository over, and back", "headrace.compact")
-    subprocess.run([sys.executable, *python[1:]], cwd=tmp_path, env=environment(), check=True)
+    grace, luigi, *arguments = documented("luigi --module batch Compact")
+    assert luigi == "luigi"
+    settings = dict([grace.split("=")])
+    command = [str(Path(sys.executable).with_name(luigi)), *arguments]
+    subprocess.run(command, cwd=tmp_path, env=environment() | settings, check=True)
     (repo / "feature_store.yaml").write_text(stock, encoding="utf-8")
     feast_apply(repo)
     store = FeatureStore(repo_path=str(repo))
@@ -143,9 +146,9 @@ def test_there_and_back_again(
     assert (history(store, 4), history(store, 8)) == ([300.0, 301.0, 102.0], [700.0, 701.0, 502.0])
     store.materialize(START.to_pydatetime(), (START + pd.Timedelta(hours=30)).to_pydatetime())
     assert online(store, 3) == [1019.0, 1020.0, 1021.0]
-    python = documented("Switch a repository over, and back", "duckdb.sql")
-    command = python[2].replace("data/driver_stats", "data/sales")
-    subprocess.run([sys.executable, "-c", command], cwd=repo, env=environment(), check=True)
+    python = documented("duckdb.sql")
+    program = python[2].replace("data/driver_stats", "data/sales")
+    subprocess.run([sys.executable, "-c", program], cwd=repo, env=environment(), check=True)
     (repo / "definitions.py").write_text(DEFINITIONS, encoding="utf-8")
     feast_apply(repo)
     store = FeatureStore(repo_path=str(repo))
