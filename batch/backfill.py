@@ -85,15 +85,16 @@ class BackfillDay(RangeTask):
     """One day of a backfill: done with `OfflineStore`; it tells how far the whole is."""
 
     date = DayParameter(description="the day")
+    run_date = DayParameter(description="the run that does it: another may read the day meanwhile")
     is_recorded = False
 
     def receipt(self) -> Path:
         """That of `OfflineStore`."""
-        return self.view_folder.day(self.run_of(self.date), self.date).offline_receipt
+        return self.view_folder.day(self.run_date, self.date).offline_receipt
 
     def upstream(self) -> list[ViewTask]:
         """`OfflineStore`."""
-        return [OfflineStore(view=self.view, date=self.date, run_date=self.run_of(self.date))]
+        return [OfflineStore(view=self.view, date=self.date, run_date=self.run_date)]
 
     def run(self) -> None:
         """Say how many days are done, and how long the others may take."""
@@ -148,7 +149,7 @@ class Backfill(RangeTask):
         published = self.published()
         _begun.setdefault((self.view, self.start, self.stop), (time.monotonic(), len(published)))
         return [
-            self.clone(BackfillDay, date=day)  # type: ignore[no-untyped-call]
+            self.clone(BackfillDay, date=day, run_date=self.run_of(day))  # type: ignore[no-untyped-call]
             for day in self.dates
             if day not in published
         ]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from headrace.conform import Reject
 from streaming.deadletters import Letter
 from streaming.judgement import Judged
 from streaming.slices import Record, Slice, TopicPartition
@@ -108,21 +109,23 @@ def batches_of(fetched: Sequence[Fetched], judged: Judged) -> list[Batch]:
     """
     batches = []
     first = 0
+    reject_rows = [reject.row for reject in judged.rejects]
     for one in fetched:
         last = first + len(one.records)
-        batches.append(_batch_of(one, judged, first, last, is_alone=len(fetched) == 1))
+        rejects = judged.rejects[bisect_left(reject_rows, first) : bisect_left(reject_rows, last)]
+        batches.append(_batch_of(one, judged, first, last, rejects, is_alone=len(fetched) == 1))
         first = last
     return batches
 
 
-def _batch_of(fetched: Fetched, judged: Judged, first: int, last: int, *, is_alone: bool) -> Batch:
-    """The batch of the records `[first, last)` of those that were judged."""
+def _batch_of(
+    fetched: Fetched, judged: Judged, first: int, last: int, rejects: Sequence[Reject], *, is_alone: bool
+) -> Batch:
+    """The batch of the records `[first, last)` of those that were judged, `rejects` being theirs."""
     begin, end = np.searchsorted(judged.rows, (first, last)).tolist()
     rows = judged.rows[begin:end] - first
     # A slice would keep the columns of all in memory for as long as it waits.
     table = judged.table if is_alone else judged.table.take(pa.array(np.arange(begin, end)))
-    reject_rows = [reject.row for reject in judged.rejects]
-    rejects = judged.rejects[bisect_left(reject_rows, first) : bisect_left(reject_rows, last)]
     records, pieces = fetched.records, fetched.pieces
     offsets = np.fromiter((record.offset for record in records), np.int64, len(records))
     produced = np.fromiter((record.timestamp or 0 for record in records), np.int64, len(records))

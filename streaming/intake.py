@@ -129,13 +129,13 @@ class StreamIntake:
         self._runs: dict[TopicPartition, Run] = {}
         self._committed: dict[TopicPartition, int] = {}
         served = [view for views in config.views.values() for view in views]
-        self._pools = Pools.of(view.contract.name for view in served)
+        pools = Pools.of(view.contract.name for view in served)
         self._steps = {
             view.contract.name: ViewSteps(
                 view,
                 decoder_of(view.contract, schema_registry(config.settings)),  # whose connection is of one thread
                 self._stores,
-                self._pools[view.contract.name],
+                pools[view.contract.name],
                 health,
                 config.settings,
                 LetterShare(view.contract.name, config.settings),
@@ -262,8 +262,8 @@ class StreamIntake:
 
     def close(self) -> None:
         """Let go of threads and connections."""
-        for pools in self._pools.values():
-            pools.close()
+        for steps in self._steps.values():
+            steps.pools.close()
         self._looks.shutdown(wait=False, cancel_futures=True)
 
     # -- partitions --------------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from datetime import date, timedelta
 
 import pytest
 from feast import FeatureStore
+from luigi.execution_summary import LuigiStatusCode
 
-from batch import Backfill
+from batch import Backfill, Ingest
 from headrace.errors import ConfigError
-from tests.batch.place import D, Place, good_rides
+from tests.batch.place import D, Place, build, good_rides
 
 DAYS = [D + timedelta(days=number) for number in range(4)]
 START, STOP = str(DAYS[0]), str(DAYS[-1] + timedelta(days=1))
@@ -105,6 +106,17 @@ def test_by_force_days_are_redone_from_a_step_on(place: Place) -> None:
     assert served(place, "later", 0) == 55.0
     assert place.offline("rides").num_rows == 5 * len(DAYS) + 2
     assert not steps_run(place.run("Backfill", *RANGE).stderr)
+
+
+def test_a_day_that_another_run_reads_meanwhile_is_done_all_the_same(here: Place) -> None:
+    """The other run has read it later, and has not published it yet."""
+    fill(here)
+    backfill = Backfill(view="rides", start=DAYS[0], stop=DAYS[1])  # type: ignore[call-arg]
+    (day,) = backfill.requires()
+    assert build(Ingest(view="rides", date=DAYS[0], run_date=DAYS[2])) == LuigiStatusCode.SUCCESS
+    assert build(day) == LuigiStatusCode.SUCCESS
+    assert build(backfill) == LuigiStatusCode.SUCCESS
+    assert here.receipt("rides", DAYS[0], "offline.json")["rows"] == 5
 
 
 @pytest.mark.parametrize(
