@@ -12,11 +12,16 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import prometheus_client  # noqa: F401 - before Feast is imported, which has it keep counters in files of all tests
-import pytest
+# Feast has the Prometheus client keep its counters in files, which all tests would share, and the processes that
+# pytest starts inherit that from the first. So the variables go, and the client is imported before Feast.
+for variable in ("PROMETHEUS_MULTIPROCESS_DIR", "PROMETHEUS_MULTIPROC_DIR"):
+    os.environ.pop(variable, None)
 
-from tests.reporting import tables
-from tests.servers import (
+import prometheus_client  # noqa: E402, F401
+import pytest  # noqa: E402
+
+from tests.reporting import tables  # noqa: E402
+from tests.servers import (  # noqa: E402
     Kafka,
     MockBroker,
     Proxy,
