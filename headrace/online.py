@@ -22,14 +22,12 @@ from headrace.contract import ViewContract
 from headrace.encode import (
     EncodedRows,
     Int64s,
-    Origin,
     Tails,
     encode,
     hash_tails,
     newest,
     order_keys,
     schema_id,
-    stream_tails,
 )
 from headrace.values import BINARY, canonical
 
@@ -122,9 +120,6 @@ def write_online(
     contract: ViewContract,
     table: pa.Table,
     *,
-    epoch: int | None = None,
-    partition: int | None = None,
-    offsets: Int64s | None = None,
     tails: Tails | None = None,
 ) -> int:
     """Write the newest row of each key, if it is newer than what is stored.
@@ -134,16 +129,13 @@ def write_online(
 
     Args:
         table: rows in the contract's schema.
-        epoch, partition, offsets: the origin of stream rows, offsets aligned with the table; all or none.
-        tails: the origin of rows of several partitions or none, in place of these three; see `encode`.
+        tails: the origin of rows of the stream, from `headrace.encode.stream_tails`; see `encode`. None: of no stream.
 
     Returns:
         How many keys were written, not counting those turned away.
     """
     if table.num_rows == 0:
         return 0
-    if epoch is not None and partition is not None and offsets is not None:
-        tails = stream_tails(Origin(epoch, partition, offsets))
     target = online_store(store)
     if isinstance(target, NewestWinsStore):
         return target.write_newest(store.config, contract.feature_view, encode(contract, table, tails))

@@ -14,7 +14,7 @@ from feast import FeatureStore
 import headrace
 from headrace.chains import StreamLedger
 from headrace.contract import ViewContract
-from headrace.encode import EncodedRows, encode
+from headrace.encode import EncodedRows, Origin, encode, stream_tails
 from headrace.online import NewestWinsStore, online_store, write_online
 from headrace.repository import contracts, open_store
 from tests.batch.place import Place
@@ -42,7 +42,7 @@ class History:
         first = ledger.end().end
         offsets = np.arange(first, first + len(events), dtype=np.int64)
         table = self.table(events)
-        write_online(self.store, self.contract, table, epoch=0, partition=0, offsets=offsets)
+        write_online(self.store, self.contract, table, tails=stream_tails(Origin(0, 0, offsets)))
         ledger.append(0, first, first + len(events), table, accepted=offsets)
 
     def force(self, event: Event, *, is_older: bool = False, is_removed: bool = False) -> None:

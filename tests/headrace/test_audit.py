@@ -20,7 +20,7 @@ from headrace import faults, scan
 from headrace.audit import Audit, Kind, audit
 from headrace.chains import StreamLedger, push, replace_day
 from headrace.contract import ViewContract
-from headrace.encode import encode
+from headrace.encode import Origin, encode, stream_tails
 from headrace.errors import ConfigError
 from headrace.materialize import materialize_arrived
 from headrace.online import NewestWinsStore, online_store, write_online
@@ -52,14 +52,13 @@ def stream(store: FeatureStore, contract: ViewContract, events: list[dict[str, A
     offsets = np.arange(first, first + len(events), dtype=np.int64)
     table = rows(contract, events)
     if online:
-        write_online(store, contract, table, epoch=0, partition=0, offsets=offsets)
+        write_online(store, contract, table, tails=stream_tails(Origin(0, 0, offsets)))
     ledger.append(0, first, first + len(events), table, accepted=offsets)
 
 
 def write(store: FeatureStore, contract: ViewContract, event: dict[str, Any], offset: int | None = None) -> None:
-    offsets = None if offset is None else np.array([offset], dtype=np.int64)
-    origin: dict[str, Any] = {} if offset is None else {"epoch": 0, "partition": 0, "offsets": offsets}
-    write_online(store, contract, rows(contract, [event]), **origin)
+    tails = None if offset is None else stream_tails(Origin(0, 0, np.array([offset], dtype=np.int64)))
+    write_online(store, contract, rows(contract, [event]), tails=tails)
 
 
 def faults_of(result: Audit) -> dict[Kind, int]:

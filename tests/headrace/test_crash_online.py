@@ -20,7 +20,7 @@ from headrace import audit as auditing
 from headrace import scan, sqlite
 from headrace.chains import StreamLedger, push, replace_day
 from headrace.contract import ViewContract
-from headrace.encode import encode
+from headrace.encode import Origin, encode, stream_tails
 from headrace.materialize import materialize_arrived
 from headrace.online import NewestWinsStore, online_store, write_online
 from headrace.repair import repair, withdraw
@@ -61,7 +61,7 @@ def diverged(home: Path) -> None:
     """A stream of ten keys, of which some are lost online, older, newer than anything, or of nowhere."""
     store, contract = opened(home)
     table, offsets = rows(contract, [event(key, 10) for key in range(10)]), np.arange(10, dtype=np.int64)
-    write_online(store, contract, table, epoch=0, partition=0, offsets=offsets)
+    write_online(store, contract, table, tails=stream_tails(Origin(0, 0, offsets)))
     StreamLedger(contract, "stats", 0).append(0, 0, 10, table, accepted=offsets)
     target: NewestWinsStore = online_store(store)
     for key, new in ((1, None), (2, event(2, 5)), (4, None), (5, event(5, 3)), (7, event(7, 99)), (8, event(8, 77))):

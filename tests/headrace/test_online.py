@@ -93,7 +93,7 @@ def test_any_order_and_batching_equals_the_oracle(
         table = rows(contract, batch)
         if is_stream:
             offsets = np.array([event["count"] for event in batch], dtype=np.int64)
-            write_online(store, contract, table, epoch=0, partition=0, offsets=offsets)
+            write_online(store, contract, table, tails=stream_tails(Origin(0, 0, offsets)))
         elif chance.random() < 0.5:
             write_online(store, contract, table)
         else:
@@ -193,8 +193,8 @@ def write_batches(home: Path, online: dict[str, Any], pipe: Connection) -> None:
 
 def write(store: FeatureStore, contract: ViewContract, is_stream: bool, batch: list[dict[str, Any]]) -> None:
     offsets = np.array([event["count"] for event in batch], dtype=np.int64)
-    origin: dict[str, Any] = {"epoch": 0, "partition": 0, "offsets": offsets} if is_stream else {}
-    write_online(store, contract, rows(contract, batch), **origin)
+    tails = stream_tails(Origin(0, 0, offsets)) if is_stream else None
+    write_online(store, contract, rows(contract, batch), tails=tails)
 
 
 @settings(
@@ -438,7 +438,9 @@ def test_stream_rows_keep_their_place(store_and_contract: tuple[FeatureStore, Vi
     encoded = encode(contract, rows(contract, tied), stream_tails(Origin(0, 0, np.array([5, 6, 7], dtype=np.int64))))
     assert len(encoded) == 1
     write_online(
-        store, contract, rows(contract, tied), epoch=0, partition=0, offsets=np.array([5, 6, 7], dtype=np.int64)
+        store, contract, rows(contract, tied), tails=stream_tails(Origin(0, 0, np.array([5, 6, 7], dtype=np.int64)))
     )
-    write_online(store, contract, rows(contract, tied[:1]), epoch=0, partition=0, offsets=np.array([5], dtype=np.int64))
+    write_online(
+        store, contract, rows(contract, tied[:1]), tails=stream_tails(Origin(0, 0, np.array([5], dtype=np.int64)))
+    )
     assert served(store, contract, [{"id": 1}]) == [{"value": 2.0, "count": 2}]

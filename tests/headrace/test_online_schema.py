@@ -14,6 +14,7 @@ from feast.data_format import ParquetFormat
 from feast.types import Float64, Int64, String
 
 from headrace.contract import ViewContract
+from headrace.encode import Origin, stream_tails
 from headrace.online import NewestWinsStore, online_store, write_online
 from tests.headrace.views import applied, config, redis_online, rows, sqlite_online, view
 
@@ -48,7 +49,7 @@ def test_an_added_feature_is_null_until_it_is_written(tmp_path: Path, online: di
     write_online(store, contract, rows(contract, [{**row, "at": 0}]))
     assert served(store, contract) == {"value": 1.0, "count": None}
     offsets = pa.array([3]).to_numpy()
-    write_online(store, contract, rows(contract, [row]), epoch=0, partition=0, offsets=offsets)
+    write_online(store, contract, rows(contract, [row]), tails=stream_tails(Origin(0, 0, offsets)))
     assert served(store, contract) == {"value": 1.0, "count": 5}
 
 

@@ -18,6 +18,7 @@ from headrace.audit import Kind, audit
 from headrace.chains import Folder, Standing, StreamLedger
 from headrace.compact import compact
 from headrace.contract import ViewContract
+from headrace.encode import Origin, stream_tails
 from headrace.errors import LostRaceError
 from headrace.materialize import apply_newest, materialize_arrived
 from headrace.online import write_online
@@ -141,7 +142,7 @@ def test_a_row_keeps_the_place_of_its_record_oracle(history: dict[str, Any]) -> 
                 offsets = np.array([r["offset"] for r in accepted], dtype=np.int64)
                 table = rows(contract, accepted)
                 StreamLedger(contract, TOPIC, partition).append(epoch, 0, 100, table, accepted=offsets)
-                write_online(store, contract, table, epoch=epoch, partition=partition, offsets=offsets)
+                write_online(store, contract, table, tails=stream_tails(Origin(epoch, partition, offsets)))
         late = [r for r in history["records"] if r["fate"] == "replay"]
         history["seed"].shuffle(late)
         ledger = ReplayLedger(contract, TOPIC)
@@ -202,7 +203,7 @@ def opened(home: Path) -> tuple[FeatureStore, ViewContract]:
 def prepare(home: Path) -> None:
     store, (contract,) = applied(home)
     commit(contract, 0, 0, 0, 10, 0, 1)
-    write_online(store, contract, some(contract, 0, 1), epoch=0, partition=0, offsets=np.array([0, 1]))
+    write_online(store, contract, some(contract, 0, 1), tails=stream_tails(Origin(0, 0, np.array([0, 1]))))
 
 
 def replay(home: Path) -> None:
