@@ -35,6 +35,12 @@ from tests.streaming.test_decode import VIEW, changed
 PARTITION = TopicPartition("topic", 0)
 
 
+@pytest.fixture(autouse=True)
+def _appends_are_not_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane's first append waits a random part of `append_seconds`; here the whole, so that no test depends on luck."""
+    monkeypatch.setattr("streaming.lane.random.random", lambda: 1.0)
+
+
 class CrashError(TerminalError):
     """The process ends here."""
 
