@@ -11,6 +11,7 @@ output in a log file there; it is ended by its process id. Nothing here needs py
 from __future__ import annotations
 
 from tests.servers.brokers import Kafka, KafkaCluster, MockBroker, create_topic
+from tests.servers.postgres import Postgres
 from tests.servers.process import Server, ServerError, UnavailableError, free_port
 from tests.servers.proxy import Mode, Proxy
 from tests.servers.repository import copy_repository, environment, feast_apply, use_valkey
@@ -21,6 +22,7 @@ __all__ = [
     "KafkaCluster",
     "MockBroker",
     "Mode",
+    "Postgres",
     "Proxy",
     "Server",
     "ServerError",
