@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock check format test campaign chaos fuzz demo up bench bench-stream bench-stores clean
+.PHONY: help setup lock check format test campaign chaos fuzz demo up bench bench-stream bench-stores bench-batch clean
 
 VENV ?= .venv
 STAMP := $(VENV)/.headrace-setup
@@ -79,15 +79,19 @@ demo: setup ## the whole path once: broker, database, worker, batch chain, then 
 up: setup ## the same, and stay: Luigi on 8082, worker pages on 6066, feast ui on 8888
 	@$(PYTHON) -m demo.up
 
-bench: setup ## the benchmarks, short: the stream, and a few rows of the stores (about 90 seconds)
+bench: setup ## the benchmarks, short: the stream, and a few rows of the stores and the batch chain (about two minutes)
 	$(PYTHON) -m benchmarks.stream --only valkey stock --runs 1 --scale 0.05
 	$(PYTHON) -m benchmarks.stores --only materialize-redis retrieve --runs 1 --scale 0.02
+	$(PYTHON) -m benchmarks.batch --runs 1 --scale 0.02
 
 bench-stream: setup ## the benchmark of the stream and its peers in full, into docs/benchmarks.md (about 15 minutes)
 	$(PYTHON) -m benchmarks.stream --write docs/benchmarks.md
 
 bench-stores: setup ## the benchmark of both stores in full, into docs/benchmarks.md (about 25 minutes)
 	$(PYTHON) -m benchmarks.stores --write docs/benchmarks.md
+
+bench-batch: setup ## the benchmark of the batch chain on a real PostgreSQL in full, into docs/benchmarks.md (about 25 minutes)
+	$(PYTHON) -m benchmarks.batch --write docs/benchmarks.md
 
 clean: ## remove the environment, the caches and what the demonstration wrote
 	rm -rf .venv .cache data build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
