@@ -8,8 +8,7 @@
                               rejects.parquet
                               report.html     report.json    ExploreAndValidate, whatever the verdict
                                               passed.json    ExploreAndValidate, only if the gate is open
-                              withdrawn.parquet              OfflineStore, if the day lost rows since its
-                              last snapshot
+                              withdrawn.parquet              OfflineStore, if the day lost rows
                                               offline.json   OfflineStore
     <batch_folder>/<view>/<task>=<T>/                    an upkeep task that was asked for at the minute T
                           compact=<T>/compact.json
@@ -17,6 +16,7 @@
                                                  passed.json     Audit, only if the stores agree
                           repair=<T>/repair.json                 or repair-backwards=<T>/
                           retain=<T>/retain.json                 or retain-dry-run=<T>/
+    <batch_folder>/<view>/withdrawn/                     what Materialize is still to take back (`batch.withdrawals`)
     <batch_folder>/<view>/backfill=<A>..<B>/             Backfill: materialize.json, or plan.json, forced.json
     <batch_folder>/history/, history.html                what ran (`batch.ledger`, `batch.history`)
 
@@ -64,6 +64,11 @@ class ViewFolder:
     def upkeep(self, name: str, minute: str) -> Path:
         """Where an upkeep task that was asked for at a minute leaves its files."""
         return self.path / f"{name}={minute}"
+
+    @property
+    def withdrawals(self) -> Path:
+        """Where `OfflineStore` tells `Materialize` which rows a day has lost."""
+        return self.path / "withdrawn"
 
     def runs_of(self, day: date) -> list[DayFolder]:
         """What every run so far left of a day, by run."""

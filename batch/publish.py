@@ -5,23 +5,23 @@ from __future__ import annotations
 from datetime import date
 from typing import Any
 
-import duckdb
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batch.folder import DayFolder, staged
+from batch.folder import DayFolder, ViewFolder
+from batch.withdrawals import note_withdrawn
 from headrace.chains import day_files, replace_day
 from headrace.contract import ViewContract
 
 
-def publish(contract: ViewContract, day: date, folder: DayFolder, clean: dict[str, Any]) -> dict[str, Any]:
+def publish(
+    contract: ViewContract, day: date, folder: DayFolder, view: ViewFolder, clean: dict[str, Any]
+) -> dict[str, Any]:
     """Make `kept.parquet` the day's snapshot, unless the present one has the same content.
 
-    The rows that the former snapshot had and this one lacks go to `withdrawn.parquet` first, so a crash in
-    between
-    loses none: the repeat finds the snapshot published and leaves the list as it is. A day without rows
-    that was never published stays so. Idempotent; one caller a day at a time.
+    The rows that the former snapshot had and this one lacks go to `withdrawn.parquet` first, so a crash in between
+    loses none: the repeat finds the snapshot published and leaves the list as it is. A day without rows that was
+    never published stays so. Idempotent; one caller a day at a time.
 
     Returns:
         What the receipt shall say.
@@ -30,7 +30,7 @@ def publish(contract: ViewContract, day: date, folder: DayFolder, clean: dict[st
     present = day_files(contract).get(day)
     changed = present.content_hash != clean["content_hash"] if present is not None else table.num_rows > 0
     if changed and present is not None:
-        _withdraw(present.path, folder)
+        note_withdrawn(present.path, folder, view)
     if changed:
         footer = {"read_us": clean["read_us"], "transform": clean["transform"], "inputs": clean["inputs"]}
         present = replace_day(contract, day, table, footer=footer)
@@ -45,19 +45,3 @@ def publish(contract: ViewContract, day: date, folder: DayFolder, clean: dict[st
         "withdrawn": pq.read_metadata(folder.withdrawn).num_rows if folder.withdrawn.exists() else 0,
         "inputs": clean["inputs"],
     }
-
-
-def _withdraw(former: Any, folder: DayFolder) -> None:
-    """Write the rows of the former snapshot that the new one lacks, if any. Equal rows count one by one."""
-    connection = duckdb.connect()
-    try:
-        gone: pa.Table = connection.sql(
-            "SELECT * FROM read_parquet(?, hive_partitioning = false) "
-            "EXCEPT ALL SELECT * FROM read_parquet(?, hive_partitioning = false)",
-            params=[str(former), str(folder.kept)],
-        ).to_arrow_table()
-    finally:
-        connection.close()
-    if gone.num_rows:
-        with staged(folder.withdrawn) as path:
-            pq.write_table(gone.cast(pq.read_schema(folder.kept)), path, compression="zstd")

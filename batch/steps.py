@@ -18,11 +18,12 @@ from feast import FeatureStore
 
 from batch.audit_report import as_json, write_audit
 from batch.clean import clean
-from batch.folder import DayFolder, read_json, staged
+from batch.folder import DayFolder, ViewFolder, read_json, staged
 from batch.publish import publish
 from batch.report import Findings, explore, write_report
 from batch.settings import settings
 from batch.source import open_source
+from batch.withdrawals import apply_withdrawals
 from headrace.audit import Audit, audit
 from headrace.chains import content_hash
 from headrace.compact import compact
@@ -120,19 +121,27 @@ def publish_day(view: str, day: date, folder: DayFolder, watcher: Watcher) -> di
     """Make `kept.parquet` the day's snapshot in the offline store."""
     _, contract = _open(view)
     watcher.say("publishing", 10)
-    published = publish(contract, day, folder, read_json(folder.clean_receipt))
+    view_folder = ViewFolder(settings().folder, view)
+    published = publish(contract, day, folder, view_folder, read_json(folder.clean_receipt))
     watcher.say(f"{published['rows']:,} rows, {'published' if published['changed'] else 'unchanged'}", 100)
     return published
 
 
 def materialize(view: str, watcher: Watcher) -> dict[str, Any]:
-    """Bring to the online store what arrived offline."""
+    """Bring to the online store what arrived offline, and take back what corrected days no longer have."""
     store, contract = _open(view)
     watcher.say("looking for what arrived")
     done = materialize_arrived(store, contract, progress=lambda keys, total: watcher.say_progress(keys, total, "keys"))
-    keys = f"the newest rows of {done.keys:,} keys, {done.keys_written:,} written"
-    watcher.say("nothing new" if done.already else keys, 100)
+    withdrawn = apply_withdrawals(
+        store,
+        contract,
+        ViewFolder(settings().folder, view),
+        lambda rows, total: watcher.say_progress(rows, total, "withdrawn rows"),
+    )
+    text = "nothing new" if done.already else f"the newest rows of {done.keys:,} keys, {done.keys_written:,} written"
+    watcher.say(f"{text}; {withdrawn:,} taken back" if withdrawn else text, 100)
     return {
+        "keys_taken_back": withdrawn,
         "keys": done.keys,
         "keys_written": done.keys_written,
         "days": list(done.days),

@@ -37,7 +37,7 @@ PARTITION = TopicPartition("topic", 0)
 
 @pytest.fixture(autouse=True)
 def _appends_are_not_spread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lane's first append waits a random part of `append_seconds`; here the whole, so that no test depends on luck."""
+    """A first append waits for a random part of `append_seconds`; here for all of it: no test depends on luck."""
     monkeypatch.setattr("streaming.lane.random.random", lambda: 1.0)
 
 

@@ -1,0 +1,93 @@
+"""Rows that a corrected day no longer has leave the online store too.
+
+Newest-wins alone could never take them back. So before `OfflineStore` replaces a snapshot, the rows that only the
+former one has go to `withdrawn.parquet` beside the receipts, and a note named after the former snapshot says where:
+
+    <batch_folder>/<view>/withdrawn/<name of the former snapshot>.json
+
+`Materialize` takes the notes whose snapshot was replaced, sets each key that still has one of the rows to its newest
+row offline, and removes the note last. That is right whenever and however often it is done, so a crash between any two
+steps costs a repeat.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+from feast import FeatureStore
+
+from batch.folder import DayFolder, ViewFolder, read_json, staged, write_json
+from headrace.chains import day_files
+from headrace.contract import ViewContract
+from headrace.online import NewestWinsStore, online_store
+from headrace.repair import withdraw
+
+logger = logging.getLogger("luigi-interface")
+
+_ROWS_AT_ONCE = 100_000
+
+
+def note_withdrawn(former: Path, day: DayFolder, view: ViewFolder) -> None:
+    """Write the rows of a snapshot that `kept.parquet` lacks, if any, and the note. Equal rows count one by one.
+
+    Call it before the snapshot is replaced, under the day's lock. Atomic, idempotent.
+    """
+    connection = duckdb.connect()
+    try:
+        gone: pa.Table = connection.sql(
+            "SELECT * FROM read_parquet(?, hive_partitioning = false) "
+            "EXCEPT ALL SELECT * FROM read_parquet(?, hive_partitioning = false)",
+            params=[str(former), str(day.kept)],
+        ).to_arrow_table()
+    finally:
+        connection.close()
+    note = view.withdrawals / f"{former.name}.json"
+    if not gone.num_rows:
+        note.unlink(missing_ok=True)  # of a try that was going to replace the snapshot by other rows
+        return
+    with staged(day.withdrawn) as path:
+        pq.write_table(gone.cast(pq.read_schema(day.kept)), path, compression="zstd")
+    write_json(note, {"rows": day.withdrawn.relative_to(view.path)})
+
+
+def apply_withdrawals(
+    store: FeatureStore, contract: ViewContract, view: ViewFolder, progress: Callable[[int, int], None]
+) -> int:
+    """Take back online what replaced snapshots had, and return how many keys changed. Idempotent.
+
+    An online store that is not ours keeps no order by which a row could be recognised: it is left alone.
+
+    Args:
+        progress: called with rows done and rows in all of a list, after each chunk.
+    """
+    if not isinstance(online_store(store), NewestWinsStore):
+        return 0
+    notes = sorted(view.withdrawals.glob("*.json"))
+    present = {file.path.name for file in day_files(contract).values()} if notes else set()
+    taken = 0
+    for note in notes:
+        if note.stem in present:
+            continue  # OfflineStore was cut off before it replaced it
+        rows = view.path / read_json(note)["rows"]
+        if rows.exists():
+            taken += _take_back(store, contract, rows, progress)
+        else:
+            logger.warning("view `%s`: %s is gone; `Audit` finds what it would have mended", contract.name, rows)
+        note.unlink()
+    return taken
+
+
+def _take_back(store: FeatureStore, contract: ViewContract, path: Path, progress: Callable[[int, int], None]) -> int:
+    taken = done = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS_AT_ONCE):
+            rows = pa.Table.from_batches([batch]).select(contract.schema.names).cast(contract.schema)
+            taken += withdraw(store, contract, rows).total()
+            done += batch.num_rows
+            progress(done, file.metadata.num_rows)
+    return taken
