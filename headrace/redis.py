@@ -153,12 +153,16 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         }
         return StoredRows(list(keys), order, event_times(order), values)
 
-    def stored_keys(self, config: RepoConfig, view: FeatureView) -> Iterator[list[bytes]]:
+    def stored_keys(
+        self, config: RepoConfig, view: FeatureView, chosen: Callable[[list[bytes]], list[bytes]] | None = None
+    ) -> Iterator[list[bytes]]:
         """See `NewestWinsStore`. By SCAN, so a key may come twice, and what comes meanwhile may be left out."""
-        for keys in self._scan(config, view):
+        project = config.project.encode()
+        for hashes in self._scan(config, view):
+            keys = hashes if chosen is None else _hashes(config, chosen([key.removesuffix(project) for key in hashes]))
             holding = [key for reply in self._run(config, view, scripts.HOLDING, [], keys) for key in reply]
             if holding:
-                yield [key[: len(key) - len(config.project.encode())] for key in holding]
+                yield [key.removesuffix(project) for key in holding]
 
     def replace_exact(
         self, config: RepoConfig, view: FeatureView, seen: StoredRows, new: EncodedRows | None
