@@ -95,5 +95,5 @@ bench-batch: setup ## the benchmark of the batch chain on a real PostgreSQL in f
 
 clean: ## remove the environment, the caches and what the demonstration wrote
 	rm -rf .venv .cache data build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	rm -rf *.egg-info streaming-data
+	rm -rf *.egg-info streaming-data .luigi-locks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
