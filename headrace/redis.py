@@ -250,12 +250,13 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
     def _scan(self, config: RepoConfig, view: FeatureView) -> Iterator[list[bytes]]:
         """The hashes of the view's entities in this project, in chunks."""
         client = self._get_client(config.online_store)
-        prefix, project = _redis_key_prefix(view.join_keys), config.project.encode()
+        join_keys, project = view.join_keys, config.project.encode()  # Feast computes them at each look
+        prefix = _redis_key_prefix(join_keys)
         pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", prefix) + b"*"
         chunk: list[bytes] = []
         with _naming(config, view):
             for key in client.scan_iter(pattern, count=_KEYS_A_SCAN):
-                if _is_of_project(key, len(prefix), len(view.join_keys), project):
+                if _is_of_project(key, len(prefix), len(join_keys), project):
                     chunk.append(key)
                 if len(chunk) == _KEYS_A_SCAN:
                     yield chunk
