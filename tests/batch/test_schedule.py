@@ -1,4 +1,4 @@
-"""The schedules that the project ships: valid, the same everywhere; and what is promised of overlaps and missed runs."""
+"""The schedules that the project ships: valid, the same everywhere; what is promised of overlaps and missed runs."""
 
 from __future__ import annotations
 
