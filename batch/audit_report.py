@@ -36,6 +36,7 @@ def write_audit(found: Audit, project: str, folder: Path) -> None:
         "project": project,
         "ends_taken": found.at,
         "made": datetime.now(UTC),
+        "sample": 1 if found.sample is None else found.sample.share,
         "keys_compared": found.keys,
         "diverged": found.diverged,
         "counts": as_json(found.counts),
@@ -75,7 +76,12 @@ def unlike(example: Example) -> list[tuple[str, Any, Any]]:
 def summary(found: Audit) -> str:
     """How many keys differ, by kind."""
     kinds = ", ".join(f"{found.counts[kind]:,} {kind}" for kind in FAULTS if found.counts[kind])
-    return f"{found.diverged:,} of {found.keys:,} keys differ: {kinds}"
+    return f"{found.diverged:,} of {compared(found)} differ: {kinds}"
+
+
+def compared(found: Audit) -> str:
+    """How many keys were looked at, and of how many that is a sample."""
+    return f"{found.keys:,} keys" + ("" if found.sample is None else f" of a sample ({found.sample.share:g} of all)")
 
 
 def repair_command(found: Audit) -> str | None:

@@ -12,7 +12,7 @@
                                               offline.json   OfflineStore
     <batch_folder>/<view>/<task>=<T>/                    an upkeep task that was asked for at the minute T
                           compact=<T>/compact.json
-                          audit=<T>/report.html  report.json     Audit, whatever it found
+                          audit=<T>/report.html  report.json     Audit, whatever it found; audit-sample-<s>=<T>/
                                                  passed.json     Audit, only if the stores agree
                           repair=<T>/repair.json                 or repair-backwards=<T>/
                           retain=<T>/retain.json                 or retain-dry-run=<T>/

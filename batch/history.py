@@ -83,8 +83,12 @@ def write_page(path: Path, runs: list[Run], *, days: int, view: str, now: dateti
 
 
 def subject(run: Run) -> str:
-    """Which day, or what else its parameters say."""
-    others = {name: value for name, value in run.parameters.items() if name not in {"view", "date", "run_date"}}
+    """Which day, or what else its parameters say; options that were not taken are left out."""
+    others = {
+        name: value
+        for name, value in run.parameters.items()
+        if name not in {"view", "date", "run_date"} and value not in {"", "False"}
+    }
     day = run.parameters.get("date", "")
     if run.is_reread:
         day += f" (run {run.parameters['run_date']})"

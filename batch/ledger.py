@@ -65,6 +65,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         return self.parameters.get("view", "")
 
     @property
+    def sample(self) -> str:
+        """The share of the keys that an audit looked at; empty for all, and of other tasks."""
+        share = self.parameters.get("sample", "")
+        return "" if share == "1" else share
+
+    @property
     def is_reread(self) -> bool:
         """Whether a later run read the day again."""
         return self.parameters.get("run_date") not in {None, self.parameters.get("date")}

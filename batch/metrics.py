@@ -23,7 +23,7 @@ _SUCCESS = "headrace_batch_last_success_timestamp_seconds"
 _DURATION = "headrace_batch_last_duration_seconds"
 _ROWS = "headrace_batch_last_rows"
 _RUNS = "headrace_batch_runs"
-_TASK = ("task", "view")
+_TASK = ("task", "view", "sample")
 _LABELS = {_SUCCESS: _TASK, _DURATION: _TASK, _ROWS: _TASK, _RUNS: (*_TASK, "outcome")}
 
 _Samples = dict[str, dict[tuple[str, ...], float]]
@@ -40,7 +40,7 @@ class Runs(Collector):
         for family in (
             GaugeMetricFamily(_SUCCESS, "When the task last succeeded for a day of its own run.", labels=_TASK),
             GaugeMetricFamily(_DURATION, "How long that took.", labels=_TASK),
-            GaugeMetricFamily(_ROWS, "Rows it had; keys written, of Materialize.", labels=_TASK),
+            GaugeMetricFamily(_ROWS, "Rows it had; keys written, of Materialize; compared, of Audit.", labels=_TASK),
             CounterMetricFamily(_RUNS, "Tries of the task that ended, by outcome.", labels=_LABELS[_RUNS]),
         ):
             for values, number in self._samples[family.name].items():
@@ -51,7 +51,8 @@ class Runs(Collector):
 def count(path: Path, run: Run) -> None:
     """Add a run that ended to the file, atomically.
 
-    A day that a later run read again counts as a run, but is not the task's last success, duration and rows.
+    A day that a later run read again counts as a run, but is not the task's last success, duration and rows. Of an
+    audit of a sample the label `sample` is the share; of all else it is empty, which to Prometheus is no label.
 
     Raises:
         OSError: the file cannot be written.
@@ -59,7 +60,7 @@ def count(path: Path, run: Run) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock"), lambda: None):
         samples = _read(path)
-        name = (run.task, run.view)
+        name = (run.task, run.view, run.sample)
         tries = (*name, str(run.outcome))
         samples[_RUNS][tries] = samples[_RUNS].get(tries, 0.0) + 1
         if run.outcome == "done" and run.end is not None and not run.is_reread:
@@ -78,7 +79,9 @@ def _read(path: Path) -> _Samples:
     try:
         for family in text_string_to_metric_families(path.read_text(encoding="utf-8")):
             for sample in family.samples:
-                samples[family.name][*(sample.labels[label] for label in _LABELS[family.name])] = sample.value
+                samples[family.name][*({"sample": "", **sample.labels}[label] for label in _LABELS[family.name])] = (
+                    sample.value
+                )
     except (FileNotFoundError, ValueError, KeyError):
         return {name: {} for name in _LABELS}
     return samples

@@ -168,8 +168,9 @@ def _end(task: ViewTask, entry: Entry, **changes: Any) -> Run:
 
 
 def _rows(receipt: dict[str, Any]) -> int | None:
-    """The rows a receipt tells of: read, kept, published, or keys written."""
-    rows: int | None = receipt.get("rows", receipt.get("keys_written", receipt.get("counts", {}).get("kept")))
+    """The rows a receipt tells of: read, kept, published, or keys written or compared."""
+    numbers = (receipt.get(name) for name in ("rows", "keys_written", "keys"))
+    rows: int | None = next((rows for rows in numbers if rows is not None), receipt.get("counts", {}).get("kept"))
     return rows
 
 

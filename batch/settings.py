@@ -32,8 +32,8 @@ class BatchSettings(Settings):
         chunk_rows: rows in memory at once while reading.
         compact_grace_s: how long a file that was merged or replaced stays for those who read it: longer than the
             longest read.
-        report_url: where `batch_folder` is served, for the links in the scheduler's pages; empty gives
-            `file:` links.
+        report_url: where `batch_folder` is served, for the links in the scheduler's pages. None gives `file:` links,
+            which a terminal opens and a browser refuses to follow from a page.
         batch_webhook_url: where a failure is told of, by a POST of JSON. None: nowhere.
     """
 
@@ -47,7 +47,7 @@ class BatchSettings(Settings):
     max_future_s: float = Field(300, ge=0)
     chunk_rows: int = Field(65_536, ge=1)
     compact_grace_s: float = Field(3600, ge=0)
-    report_url: str = ""
+    report_url: str | None = None
     batch_webhook_url: SecretStr | None = None
 
     @field_validator("batch_webhook_url")
@@ -58,6 +58,15 @@ class BatchSettings(Settings):
             msg = "expected a URL that begins with https:// or http://"
             raise ValueError(msg)
         return url
+
+    @field_validator("report_url")
+    @classmethod
+    def _is_public_url(cls, url: str | None) -> str | None:
+        parts = urlsplit(url) if url else None
+        if parts is not None and not (parts.scheme in {"http", "https"} and parts.hostname and parts.username is None):
+            msg = "expected a URL that begins with https:// or http://, without a login: the scheduler shows it to all"
+            raise ValueError(msg)
+        return url or None
 
     @property
     def folder(self) -> Path:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import pyarrow.parquet as pq
 from feast import FeatureStore
 
-from batch.audit_report import as_json, write_audit
+from batch.audit_report import as_json, compared, write_audit
 from batch.clean import clean
 from batch.folder import DayFolder, ViewFolder, read_json, staged
 from batch.publish import publish
@@ -32,6 +32,7 @@ from headrace.materialize import materialize_arrived
 from headrace.repair import repair
 from headrace.repository import contracts, open_store
 from headrace.retain import retain
+from headrace.sample import Sample
 
 logger = logging.getLogger("luigi-interface")
 
@@ -169,14 +170,24 @@ def compact_view(view: str, watcher: Watcher) -> dict[str, Any]:
     return asdict(done)
 
 
-def audit_view(view: str, folder: Path, watcher: Watcher) -> Audit:
-    """Compare both stores, and write `report.html` and `report.json`, whatever they say."""
+def audit_view(view: str, folder: Path, watcher: Watcher, *, share: float, seed: int) -> Audit:
+    """Compare both stores, of all keys or a share of them, and write `report.html` and `report.json`, whatever comes.
+
+    Args:
+        share: above 0; 1 is all.
+        seed: which keys that are.
+    """
     store, contract = _open(view)
     watcher.say("looking at the newest rows offline")
-    found = audit(store, contract, progress=lambda keys, total: watcher.say_progress(keys, total, "keys compared"))
+    found = audit(
+        store,
+        contract,
+        sample=None if share == 1 else Sample(share, seed),
+        progress=lambda keys, total: watcher.say_progress(keys, total, "keys compared"),
+    )
     write_audit(found, contract.project, folder)
     if not found.diverged:
-        _conclude(view, watcher, f"{found.keys:,} keys compared, none differs")
+        _conclude(view, watcher, f"{compared(found)} compared, none differs")
     return found
 
 

@@ -35,6 +35,7 @@ from datetime import UTC, date, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import luigi
 
@@ -431,7 +432,7 @@ def report_url(report: Path) -> str:
     base = settings().report_url
     if not base:
         return report.as_uri()
-    return f"{base.rstrip('/')}/{report.relative_to(settings().folder).as_posix()}"
+    return f"{base.rstrip('/')}/{quote(report.relative_to(settings().folder).as_posix(), safe='/=')}"
 
 
 def newer_read(folder: ViewFolder, day: date, read_us: int) -> str | None:

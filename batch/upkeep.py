@@ -12,7 +12,7 @@ only a luigid can be told which one it is; the next run of the schedule is the r
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,11 @@ def now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
 
 
+def in_short(share: float) -> str:
+    """A share as on the command line, one text for one number."""
+    return f"{share:.12g}"
+
+
 class MinuteParameter(luigi.DateMinuteParameter):
     """A minute; one that cannot be read is an error of one line."""
 
@@ -40,6 +45,23 @@ class MinuteParameter(luigi.DateMinuteParameter):
         except ValueError:
             msg = f"--at {text!r}: expected a minute, UTC, such as 2026-01-31T0815"
             raise ConfigError(msg) from None
+
+
+class ShareParameter(luigi.FloatParameter):
+    """A share of all, above 0 and at most 1; one that cannot be read is an error of one line."""
+
+    def parse(self, text: str) -> float:  # noqa: D102 - Luigi's
+        try:
+            share = float(text)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            msg = f"--sample {text!r}: expected a share of the keys above 0 and at most 1, such as 0.01"
+            raise ConfigError(msg)
+        return share
+
+    def serialize(self, share: float) -> str:  # noqa: D102 - Luigi's
+        return in_short(share)
 
 
 class UpkeepTask(ViewTask):
@@ -99,7 +121,21 @@ class Compact(UpkeepTask):
 
 
 class Audit(UpkeepTask):
-    """Compare the online value of every key with its newest offline row."""
+    """Compare the online value of every key, or of a sample, with its newest offline row.
+
+    Each minute `at` has another sample, the same whoever takes it, and each key the same chance to be in it.
+    """
+
+    sample = ShareParameter(default=1.0, description="the share of the keys that is looked at; default: 1, all")
+
+    @property
+    def name(self) -> str:
+        """`audit`, or `audit-sample-<share>`, which says less."""
+        return "audit" if self.sample == 1 else f"audit-sample-{in_short(self.sample)}"
+
+    def lock(self) -> str:
+        """Audits change nothing: a sample need not wait for all."""
+        return self.name
 
     def receipt(self) -> Path:
         """`passed.json`, the sign that the stores agree."""
@@ -113,14 +149,20 @@ class Audit(UpkeepTask):
         """Write the report, link it, and fail if a key differs."""
         from batch import audit_report, steps  # noqa: PLC0415 - as in `batch.tasks`
 
-        found = steps.audit_view(self.view, self.folder, self)
+        minute = (self.at - datetime.min) // timedelta(minutes=1)  # noqa: DTZ901 - as Luigi has it
+        found = steps.audit_view(self.view, self.folder, self, share=self.sample, seed=minute)
         url = report_url(self.page())
         self.inform_scheduler(retry_count=self.retry_count, tracking_url=url)
         if found.diverged:
             command = audit_report.repair_command(found)
             msg = f"view `{self.view}`: {audit_report.summary(found)}; see {url}; to mend it: {command}"
             raise DivergedError(msg)
-        return {"report": url, "keys": found.keys, "counts": audit_report.as_json(found.counts)}
+        return {
+            "report": url,
+            "sample": self.sample,
+            "keys": found.keys,
+            "counts": audit_report.as_json(found.counts),
+        }
 
 
 class Repair(UpkeepTask):

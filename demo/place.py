@@ -13,11 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
 DATABASE = DATA / "source.db"
 ADDRESS_FILE = DATA / "broker.address"
+REPORTS = DATA / "batch"
 LOGS = DATA / "logs"
 TOPIC = "drivers"
 DEAD_LETTERS = "drivers.dlq"
 
 LUIGI_PORT = 8082
+REPORTS_PORT = 8083
 WORKER_PORT = 6066
 UI_PORT = 8888
 

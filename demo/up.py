@@ -1,8 +1,8 @@
 """The demonstration that stays: `make up`.
 
 Prepares the source database and the registry, then hands over to honcho, which runs the Procfile to Ctrl-C:
-the embedded broker, Luigi's scheduler, the worker, a steady emitter, the batch chain for yesterday once, and
-Feast's UI.
+the embedded broker, Luigi's scheduler, the reports, the worker, a steady emitter, the batch chain for yesterday and an
+audit once, and Feast's UI.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pathlib import Path
 
 from demo.place import (
     ADDRESS_FILE,
-    DATA,
     DATABASE,
     LOGS,
     LUIGI_PORT,
+    REPORTS,
+    REPORTS_PORT,
     ROOT,
     UI_PORT,
     WORKER_PORT,
@@ -29,7 +30,12 @@ from demo.place import (
 from demo.processes import Children, DemoError, Interrupt, raise_on_signals
 from demo.source import fill
 
-PORTS = {"LUIGI_PORT": LUIGI_PORT, "HEADRACE_WEB_PORT": WORKER_PORT, "UI_PORT": UI_PORT}
+PORTS = {
+    "LUIGI_PORT": LUIGI_PORT,
+    "REPORTS_PORT": REPORTS_PORT,
+    "HEADRACE_WEB_PORT": WORKER_PORT,
+    "UI_PORT": UI_PORT,
+}
 
 
 def prepare() -> dict[str, str]:
@@ -42,11 +48,12 @@ def prepare() -> dict[str, str]:
     for name, port in ports.items():
         if not is_free(port):
             raise DemoError(f"port {port} is taken; end what listens there, or choose another: {name}=... make up")
-    DATA.mkdir(exist_ok=True)
+    REPORTS.mkdir(parents=True, exist_ok=True)
     ADDRESS_FILE.unlink(missing_ok=True)
     settings = {
         **environment(),
         **{name: str(port) for name, port in ports.items()},
+        "HEADRACE_REPORT_URL": f"http://127.0.0.1:{ports['REPORTS_PORT']}",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     with Children(LOGS, settings, ROOT) as children:
@@ -56,6 +63,7 @@ def prepare() -> dict[str, str]:
         print("feature repository applied to the registry", flush=True)
     print(
         f"\n  Luigi's scheduler   http://127.0.0.1:{ports['LUIGI_PORT']}/\n"
+        f"  reports             http://127.0.0.1:{ports['REPORTS_PORT']}/history.html, and what Luigi's pages link\n"
         f"  worker              http://127.0.0.1:{ports['HEADRACE_WEB_PORT']}/metrics (/healthz, /readyz)\n"
         f"  feast ui            http://127.0.0.1:{ports['UI_PORT']}/\n\n"
         "  The embedded broker forgets everything when it ends. Ctrl-C ends it all; data/ stays.\n",

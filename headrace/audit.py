@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -31,6 +32,7 @@ from headrace.errors import ConfigError
 from headrace.materialize import Holdings, Progress, holdings
 from headrace.online import NewestWinsStore, StoredRows, online_store
 from headrace.retain import horizon_us
+from headrace.sample import Sample
 from headrace.scan import connection, newest, reading
 from headrace.segments import parse_stream_chain
 from headrace.values import to_list
@@ -85,6 +87,7 @@ class Audit:
     Attributes:
         view: the feature view.
         at: when the ends of the chains were taken; what came later was not looked at.
+        sample: which share of the keys was looked at; None: all. What is said of keys is said of those in it.
         keys: how many keys were compared: those with a row offline, and those online without one.
         counts: how many keys of each kind.
             equal: the values and the event time agree.
@@ -100,6 +103,7 @@ class Audit:
 
     view: str
     at: datetime
+    sample: Sample | None = None
     keys: int = 0
     counts: Counter[Kind] = field(default_factory=Counter)
     examples: dict[Kind, list[Example]] = field(default_factory=dict)
@@ -162,12 +166,13 @@ class Cut:
         expires = self.at - timedelta(seconds=ttl_s) if ttl_s else None
         self._expired_us = None if expires is None else int(expires.timestamp() * 1_000_000)
 
-    def judge(self, *, progress: Progress | None = None) -> Iterator[Verdicts]:
-        """Every key with a row offline, then those that are online alone; in chunks, memory bounded."""
+    def judge(self, *, sample: Sample | None = None, progress: Progress | None = None) -> Iterator[Verdicts]:
+        """Every key, or a sample: those with a row offline, then those online alone; in chunks, memory bounded."""
         done = 0
+        config, view = self._store.config, self._contract.feature_view
         with connection(self.limit) as known:
             known.execute("CREATE TABLE keys (key BLOB, is_offline BOOLEAN)")
-            with newest(self._contract, self.holdings.all_paths, memory_limit=self.limit) as rows:
+            with newest(self._contract, self.holdings.all_paths, memory_limit=self.limit, sample=sample) as rows:
                 for table, tails in rows:
                     latest = encode(self._contract, table, tails)
                     _insert(known, latest.keys, is_offline=True)
@@ -176,7 +181,8 @@ class Cut:
                     done += len(latest)
                     if progress is not None:
                         progress(done, rows.keys)
-            for keys in self._target.stored_keys(self._store.config, self._contract.feature_view):
+            chosen = None if sample is None else partial(sample.chosen, known, self._contract)
+            for keys in self._target.stored_keys(config, view, chosen):
                 _insert(known, keys, is_offline=False)
             alone = known.execute("SELECT key FROM keys GROUP BY key HAVING NOT bool_or(is_offline)")
             while keys := [key for (key,) in alone.fetchmany(KEYS_A_READ)]:
@@ -249,7 +255,12 @@ class Cut:
 
 
 def audit(
-    store: FeatureStore, contract: ViewContract, *, examples: int = EXAMPLES, progress: Progress | None = None
+    store: FeatureStore,
+    contract: ViewContract,
+    *,
+    sample: Sample | None = None,
+    examples: int = EXAMPLES,
+    progress: Progress | None = None,
 ) -> Audit:
     """Compare every key's online value with the newest offline row, as of now. Changes nothing.
 
@@ -257,6 +268,8 @@ def audit(
     May run beside a stream, materializations and compactions. It starts over where a day is replaced under it.
 
     Args:
+        sample: look at these keys alone, wherever they are, and say of them what a full audit would. All keys are still
+            listed on both sides, by name; grouped, read and compared are those of the sample.
         examples: how many examples of each kind to keep.
         progress: called with keys done and keys in all, after each chunk.
 
@@ -266,8 +279,8 @@ def audit(
     begun = time.monotonic()
 
     def judged(cut: Cut) -> Audit:
-        result = Audit(contract.name, cut.at)
-        for verdicts in cut.judge(progress=progress):
+        result = Audit(contract.name, cut.at, sample)
+        for verdicts in cut.judge(sample=sample, progress=progress):
             note(result, store.config, contract, verdicts, examples)
         return result
 

@@ -211,14 +211,24 @@ def encode_keys(contract: ViewContract, table: pa.Table) -> pa.Array:
     Raises:
         SchemaError: a join key is null.
     """
-    columns = {contract.view_name(name): name for name in contract.join_keys}
-    header = struct.pack("<I", max(len(columns), 1))
-    for name in sorted(columns) or [DUMMY_ENTITY_ID]:
+    pieces = [_key_piece(contract, table, name) for name in serialized_keys(contract)]
+    return joined([pa.repeat(pa.scalar(key_header(contract), BINARY), table.num_rows), *pieces])
+
+
+def serialized_keys(contract: ViewContract) -> list[str]:
+    """The columns of the join keys in the order of a serialized entity key: that of their names in the view."""
+    return sorted(contract.join_keys, key=contract.view_name)
+
+
+def key_header(contract: ViewContract) -> bytes:
+    """What every serialized entity key of a view begins with: the names of the join keys."""
+    names = sorted(map(contract.view_name, contract.join_keys)) or [DUMMY_ENTITY_ID]
+    header = struct.pack("<I", len(names))
+    for name in names:
         header += struct.pack("<II", ValueTypeProto.STRING, len(name.encode())) + name.encode()
-    if not columns:  # Feast gives the one row of such a view an empty text for its key
+    if not contract.join_keys:  # Feast gives the one row of such a view an empty text for its key
         header += struct.pack("<II", ValueTypeProto.STRING, 0)
-    pieces = [_key_piece(contract, table, columns[name]) for name in sorted(columns)]
-    return joined([pa.repeat(pa.scalar(header, BINARY), table.num_rows), *pieces])
+    return header
 
 
 def encode_values(contract: ViewContract, table: pa.Table, feature: str) -> pa.Array:
@@ -310,7 +320,7 @@ def _key_piece(contract: ViewContract, table: pa.Table, name: str) -> pa.Array:
     """Type, length and bytes of one join key of each row."""
     column = _array(table, name)
     _refuse_nulls(contract, column, name)
-    kind = _KEY_KINDS[contract.dtype(name)]
+    kind = KEY_KINDS[contract.dtype(name)]
     numbers = _key_numbers(column)
     if numbers is not None:
         width = 4 if column.type == pa.int32() else 8
@@ -320,13 +330,14 @@ def _key_piece(contract: ViewContract, table: pa.Table, name: str) -> pa.Array:
     return joined([fixed(struct.pack("<I", kind), lengths.astype("<u4")), values])
 
 
-_KEY_KINDS: Mapping[FeastType, int] = {
+KEY_KINDS: Mapping[FeastType, int] = {
     Int32: ValueTypeProto.INT32,
     Int64: ValueTypeProto.INT64,
     String: ValueTypeProto.STRING,
     Bytes: ValueTypeProto.BYTES,
     UnixTimestamp: ValueTypeProto.UNIX_TIMESTAMP,
 }
+"""What a serialized entity key says of the type of a join key."""
 
 
 def _key_numbers(column: pa.Array) -> Int64s | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol, cast, runtime_checkable
@@ -84,8 +84,14 @@ class NewestWinsStore(Protocol):
     def read_stored(self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes]) -> StoredRows:
         """What is stored of these keys, aligned with them. Not one snapshot of all, but whole rows."""
 
-    def stored_keys(self, config: RepoConfig, view: FeatureView) -> Iterator[list[bytes]]:
-        """The keys that hold this view, in chunks. A key may come twice; every key that stays is there."""
+    def stored_keys(
+        self, config: RepoConfig, view: FeatureView, chosen: Callable[[list[bytes]], list[bytes]] | None = None
+    ) -> Iterator[list[bytes]]:
+        """The keys that hold this view, in chunks. A key may come twice; every key that stays is there.
+
+        Args:
+            chosen: picks from the keys of a chunk those that are wanted; all are listed, the others looked at no more.
+        """
 
     def replace_exact(
         self, config: RepoConfig, view: FeatureView, seen: StoredRows, new: EncodedRows | None

@@ -153,12 +153,16 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         }
         return StoredRows(list(keys), order, event_times(order), values)
 
-    def stored_keys(self, config: RepoConfig, view: FeatureView) -> Iterator[list[bytes]]:
+    def stored_keys(
+        self, config: RepoConfig, view: FeatureView, chosen: Callable[[list[bytes]], list[bytes]] | None = None
+    ) -> Iterator[list[bytes]]:
         """See `NewestWinsStore`. By SCAN, so a key may come twice, and what comes meanwhile may be left out."""
-        for keys in self._scan(config, view):
+        project = config.project.encode()
+        for hashes in self._scan(config, view):
+            keys = hashes if chosen is None else _hashes(config, chosen([key.removesuffix(project) for key in hashes]))
             holding = [key for reply in self._run(config, view, scripts.HOLDING, [], keys) for key in reply]
             if holding:
-                yield [key[: len(key) - len(config.project.encode())] for key in holding]
+                yield [key.removesuffix(project) for key in holding]
 
     def replace_exact(
         self, config: RepoConfig, view: FeatureView, seen: StoredRows, new: EncodedRows | None
@@ -246,12 +250,13 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
     def _scan(self, config: RepoConfig, view: FeatureView) -> Iterator[list[bytes]]:
         """The hashes of the view's entities in this project, in chunks."""
         client = self._get_client(config.online_store)
-        prefix, project = _redis_key_prefix(view.join_keys), config.project.encode()
+        join_keys, project = view.join_keys, config.project.encode()  # Feast computes them at each look
+        prefix = _redis_key_prefix(join_keys)
         pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", prefix) + b"*"
         chunk: list[bytes] = []
         with _naming(config, view):
             for key in client.scan_iter(pattern, count=_KEYS_A_SCAN):
-                if _is_of_project(key, len(prefix), len(view.join_keys), project):
+                if _is_of_project(key, len(prefix), len(join_keys), project):
                     chunk.append(key)
                 if len(chunk) == _KEYS_A_SCAN:
                     yield chunk

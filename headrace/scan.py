@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from headrace.contract import ViewContract
 from headrace.encode import Origin, Tails, encode_values, hash_tails, schema_id, stream_tails
 from headrace.errors import SchemaError
+from headrace.sample import Sample
 from headrace.segments import (
     REPLAY,
     Offsets,
@@ -139,6 +140,7 @@ def newest(
     *,
     memory_limit: str | None = None,
     keys: pa.Table | None = None,
+    sample: Sample | None = None,
     rows_a_chunk: int | None = None,
 ) -> Iterator[Newest]:
     """The newest row of each key within a window, by the total order, ties included.
@@ -148,6 +150,7 @@ def newest(
     Args:
         files: valid files of the view; those of an older schema, and of others, are cast, their columns by name.
         keys: only these join keys, in the contract's types.
+        sample: only the keys in it; where there are no join keys, the one that there is.
         rows_a_chunk: how many rows a chunk has at most; by default `ROWS_A_CHUNK`, and of wide views fewer.
 
     Raises:
@@ -156,7 +159,7 @@ def newest(
     within = window or Window()
     with connection(memory_limit) as con:
         history = History(con, contract, files, within)
-        yield Newest(history, history.find_newest(within, keys), rows_a_chunk)
+        yield Newest(history, history.find_newest(within, keys, sample), rows_a_chunk)
 
 
 def newest_rows(
@@ -289,18 +292,19 @@ class History:
         schema = self._contract.schema
         return table.select([f"c{i}" for i in range(len(schema))]).rename_columns(schema.names).cast(schema)
 
-    def find_newest(self, window: Window, keys: pa.Table | None) -> int:
-        """Find the newest row of each key, or of these keys alone; return how many there are."""
+    def find_newest(self, window: Window, keys: pa.Table | None, sample: Sample | None = None) -> int:
+        """Find the newest row of each key, or of these keys or a sample alone; return how many there are."""
         same = ", ".join(self._keys)
         if not self._contract.join_keys:
-            keys = None  # all rows are of the one key there is
+            keys = sample = None  # all rows are of the one key there is
         if keys is not None:
             self._con.register("wanted", keys.select(self._contract.join_keys).rename_columns(self._keys))
+        sampled = "true" if sample is None else sample.condition(self._contract, self._keys)
         self._execute(
             f"""CREATE TEMP TABLE latest AS
             SELECT {same}, max({self.time}) AS {self.time}
             FROM history {"" if keys is None else f"SEMI JOIN wanted USING ({same})"}
-            WHERE {_present(self._keys)} AND {window.condition(self.time)} GROUP BY ALL"""
+            WHERE {_present(self._keys)} AND {window.condition(self.time)} AND {sampled} GROUP BY ALL"""
         )
         likely = self._likely("latest", [*self._keys, self.time])
         self._execute(

@@ -124,7 +124,9 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
                 values[name] += stored.values[name]
         return StoredRows(list(keys), order, event_times(order), values)
 
-    def stored_keys(self, config: RepoConfig, view: FeatureView) -> Iterator[list[bytes]]:
+    def stored_keys(
+        self, config: RepoConfig, view: FeatureView, chosen: Callable[[list[bytes]], list[bytes]] | None = None
+    ) -> Iterator[list[bytes]]:
         """See `NewestWinsStore`. By pages in the order of keys, so that no read stays open."""
         table, last = _Table.of(config, view), b""
         while True:
@@ -135,7 +137,8 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
                 ).fetchall()
             if not page:
                 return
-            yield [key for (key,) in page]
+            keys = [key for (key,) in page]
+            yield keys if chosen is None else chosen(keys)
             (last,) = page[-1]
 
     def replace_exact(

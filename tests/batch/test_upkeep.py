@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from luigi.scheduler import Scheduler
 from luigi.worker import Worker
 
 from batch import Audit, Compact, Repair, Retain
-from batch.upkeep import MinuteParameter, now
+from batch.upkeep import MinuteParameter, ShareParameter, now
 from headrace.contract import ViewContract
 from headrace.errors import ConfigError
 from tests.batch.conftest import forget
@@ -162,6 +162,52 @@ def test_a_difference_is_no_reason_to_retry_and_a_store_that_is_away_is(
     (here.root / "data" / "online.db").mkdir()
     assert build(Audit(view="notes", at=LATER)) == LuigiStatusCode.FAILED
     assert len(tries) == 3
+
+
+def test_a_sample_is_another_each_minute_and_says_what_it_looked_at(here: Place) -> None:
+    """What is wrong with one key of twelve is found by the samples that have it, and by no other; repair mends it."""
+    BREAK["stale"](filled(here, "notes"))
+    found: dict[bool, int] = {True: 0, False: 0}
+    for minute in range(24):
+        at = AT + timedelta(minutes=minute)
+        done = build(Audit(view="notes", at=at, sample=0.25)) == LuigiStatusCode.SUCCESS
+        run = f"audit-sample-0.25={at:%Y-%m-%dT%H%M}"
+        report = left(here, "notes", run, "report.json")
+        assert report["sample"] == 0.25
+        assert (report["diverged"] == 0) == done
+        assert report["keys_compared"] == sum(report["counts"].values()) < KEYS
+        page = (here.root / "data/batch/notes" / run / "report.html").read_text(encoding="utf-8")
+        assert "<b>0.25</b><span>of all keys are in the sample</span>" in page
+        assert ("luigi --module batch Repair --view notes" in page) != done
+        if done:
+            assert left(here, "notes", run, "passed.json")["sample"] == 0.25
+        found[done] += 1
+    assert all(found.values())
+    forget()
+    assert not Audit(view="notes", at=AT).complete()
+    assert build(Repair(view="notes", at=AT), Audit(view="notes", at=AT)) == LuigiStatusCode.SUCCESS
+    assert left(here, "notes", "audit=2026-03-10T0815", "passed.json")["sample"] == 1
+
+
+def test_the_command_says_that_it_was_a_sample_and_the_metrics_tell_it_from_all(place: Place) -> None:
+    filled(place, "notes")
+    at = ("--view", "notes", "--at", "2026-03-10T0815", LOCAL)
+    sampled = place.run("Audit", *at, "--sample", "0.50")
+    keys = left(place, "notes", "audit-sample-0.5=2026-03-10T0815", "passed.json")["keys"]
+    assert f"view `notes`: {keys} keys of a sample (0.5 of all) compared, none differs" in sampled.stderr
+    assert place.run("Audit", *at, "--sample", "0.5").stderr.count("compared, none differs") == 0  # it is complete
+    text = (place.root / "data/batch/history/headrace_batch.prom").read_text(encoding="utf-8")
+    assert f'headrace_batch_last_rows{{sample="0.5",task="Audit",view="notes"}} {keys}.0' in text
+    assert 'sample="",task="Audit"' not in text
+    place.run("Audit", *at)
+    text = (place.root / "data/batch/history/headrace_batch.prom").read_text(encoding="utf-8")
+    assert f'headrace_batch_last_rows{{sample="",task="Audit",view="notes"}} {KEYS}.0' in text
+
+
+@pytest.mark.parametrize("share", ["0", "-0.1", "1.01", "nan", "inf", "1%", ""])
+def test_a_share_that_is_none_is_refused(share: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--sample '{share}': expected a share of the keys above 0 and at most 1"):
+        ShareParameter().parse(share)  # type: ignore[attr-defined]
 
 
 def test_two_compactions_at_once_are_one(place: Place) -> None:

@@ -11,6 +11,7 @@ output in a log file there; it is ended by its process id. Nothing here needs py
 from __future__ import annotations
 
 from tests.servers.brokers import Kafka, KafkaCluster, MockBroker, create_topic
+from tests.servers.browser import Browser
 from tests.servers.postgres import Postgres
 from tests.servers.process import Server, ServerError, UnavailableError, free_port
 from tests.servers.proxy import Mode, Proxy
@@ -18,6 +19,7 @@ from tests.servers.repository import copy_repository, environment, feast_apply, 
 from tests.servers.valkey import Valkey, ValkeySentinel
 
 __all__ = [
+    "Browser",
     "Kafka",
     "KafkaCluster",
     "MockBroker",
