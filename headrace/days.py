@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import date
 from typing import Any
 
@@ -17,9 +17,9 @@ from headrace.folder import DayFile, Folder
 from headrace.segments import DayName, Footer, create, new_append_id, remove, time_bounds, writer_id
 
 
-def day_files(contract: ViewContract) -> dict[date, DayFile]:
-    """The snapshot that counts of each ETL day, by day."""
-    return Folder.of(contract).days()
+def day_files(contract: ViewContract, wanted: Collection[date] | None = None) -> dict[date, DayFile]:
+    """The snapshot that counts of each ETL day, or of those wanted alone, by day."""
+    return Folder.of(contract).days(wanted)
 
 
 def replace_day(
@@ -35,7 +35,7 @@ def replace_day(
     """
     folder = Folder.of(contract)
     digest = content_hash(table)
-    present = folder.days().get(day)
+    present = folder.days([day]).get(day)
     if present is None or present.content_hash != digest:
         low, high = time_bounds(table, contract.timestamp_field)
         snapshot = time.time_ns() // 1000
@@ -52,7 +52,7 @@ def replace_day(
         while not create(folder.path_of(DayName(day, snapshot)), table, note, operation="day"):
             snapshot += 1
     remove_superseded(folder, day)
-    return folder.days()[day]
+    return folder.days([day])[day]
 
 
 def remove_superseded(folder: Folder, day: date) -> None:
