@@ -1,12 +1,12 @@
 """How far a day has drifted from the days before it: the population stability index of each feature.
 
 PSI is the sum over bins of `(p - q) · ln(p / q)`, where `p` is the day's share of its rows in a bin and `q` that of the
-rows of the days before. It is 0 for equal shares; by custom it is called stable below 0.1 and shifted from 0.25 on. Without
-any drift it is about `(1/n + 1/m) · χ²(bins - 1)` for `n` and `m` rows, which says how much of a figure may be chance.
+rows of the days before. It is 0 for equal shares; by custom it is called stable below 0.1 and shifted from 0.25 on.
+Without any drift it is about `(1/n + 1/m) · χ²(bins - 1)` for `n` and `m` rows: so much of it may be chance.
 
-Source: B. Yurdakul, Statistical Properties of Population Stability Index, Western Michigan University, 2018; J. du Pisanie
-and others, A critical review of existing and new population stability testing procedures in credit risk scoring,
-arXiv:2303.01227.
+Source: B. Yurdakul, Statistical Properties of Population Stability Index, Western Michigan University, 2018;
+J. du Pisanie and others, A critical review of existing and new population stability testing procedures in credit risk
+scoring, arXiv:2303.01227.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the values of a column look like: small, exact where it matters, and the same for the same rows in any order.
 
-A profile of some kilobytes a column is kept of each day, so that a day can be held against those before it at a cost that
-depends neither on their rows nor on the length of the history.
+A profile of some kilobytes a column is kept of each day, so that a day can be held against those before it at a cost
+that depends neither on their rows nor on the length of the history.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """The days before a day as they are published in the offline store, each as the profiles of its features.
 
-A profile lies in the work folder as `profiles/<day>.json` beside the content hash of the rows that it is of. It is a copy
-of what the store's own file says: where it is missing, of other rows or cannot be read, it is made anew from that file.
+A profile lies in the work folder as `profiles/<day>.json` beside the content hash of the rows that it is of. It is a
+copy of what the store's own file says: where it is missing, of other rows or damaged, it is made anew from that file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch.folder import ViewFolder, read_json, write_text
@@ -78,11 +80,16 @@ def _kept(contract: ViewContract, path: Path, content_hash: str) -> dict[str, Pr
 
 
 def _measured(contract: ViewContract, path: Path) -> dict[str, Profile]:
-    """The profiles of the features that a day's file has, column by column."""
+    """The profiles of the features that a day's file has in a type that can be had from it, column by column."""
+    found = {}
     with pq.ParquetFile(path) as file:
         times = file.read([contract.timestamp_field]).column(0)
-        names = [name for name in contract.features if name in file.schema_arrow.names]
-        return {name: profile(file.read([name]).column(0), times)[0] for name in names}
+        for name in contract.features:
+            if name in file.schema_arrow.names:
+                with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
+                    values = file.read([name]).column(0).cast(contract.schema.field(name).type)
+                    found[name] = profile(values, times)[0]
+    return found
 
 
 def _path(folder: ViewFolder, day: date) -> Path:

@@ -18,9 +18,10 @@ from feast import FeatureStore
 
 from batch.audit_report import as_json, write_audit
 from batch.clean import clean
+from batch.explore import Findings, explore
 from batch.folder import DayFolder, ViewFolder, read_json, staged
 from batch.publish import publish
-from batch.report import Findings, explore, write_report
+from batch.report import write_report
 from batch.settings import settings
 from batch.source import open_source
 from batch.withdrawals import apply_withdrawals
@@ -112,7 +113,7 @@ def report(view: str, day: date, folder: DayFolder, watcher: Watcher) -> Finding
     """Write `report.html` and `report.json`, whatever they say."""
     _, contract = _open(view)
     watcher.say("looking at the rows", 10)
-    findings = explore(contract, folder, settings(), day)
+    findings = explore(contract, ViewFolder(settings().folder, view), folder, settings(), day)
     write_report(findings, folder)
     return findings
 
