@@ -392,11 +392,12 @@ def _check_rule(column: pa.Array, rule: Rule, faults: _Faults) -> None:
         return
     bad = broken(column, rule)
     if bad is not None and bad.any():
+        wanted = str(rule)
         faults.add(
             bad,
             Reason.OUT_OF_RANGE,
             rule.column,
-            lambda row: f"field `{rule.column}`: expected {rule}, found {_shown(column[row])}",
+            lambda row: f"field `{rule.column}`: expected {wanted}, found {_shown(column[row])}",
         )
 
 

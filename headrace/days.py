@@ -83,8 +83,19 @@ def _feed(digest: Any, values: pa.Array | pa.ChunkedArray) -> None:
     elif pa.types.is_list(kind):
         digest.update(pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False).tobytes())
         _feed(digest, values.flatten())
+    elif pa.types.is_string(kind) or pa.types.is_binary(kind):
+        _feed_bytes(digest, values.fill_null(pa.scalar(b"").cast(kind)) if values.null_count else values)
     else:
         for value in values.to_pylist():
             piece = repr(value).encode()
             digest.update(len(piece).to_bytes(8, "little"))
             digest.update(piece)
+
+
+def _feed_bytes(digest: Any, values: pa.Array) -> None:
+    """The lengths, then the bytes one after the other."""
+    digest.update(pc.binary_length(values).cast(pa.int64()).to_numpy().tobytes())
+    _, offsets, data = values.buffers()
+    if len(values) and data is not None:
+        ends = np.frombuffer(offsets, dtype=np.int32)[[values.offset, values.offset + len(values)]]
+        digest.update(memoryview(data)[ends[0] : ends[1]])
