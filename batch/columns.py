@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -146,9 +145,8 @@ def _moment(value: datetime | None) -> str | None:
 def _mean(array: Sorted) -> float | None:
     if len(array) == 0:
         return None
-    # Halved, since a sum of large doubles may be infinite.
-    mean = float(np.mean(array / 2, dtype=np.float64)) * 2
-    return mean if math.isfinite(mean) else None
+    # Divided first, since a sum of large doubles may be infinite.
+    return float(np.sum(array.astype(np.float64) / len(array)))
 
 
 def _percentiles(array: Sorted) -> dict[str, Number]:
@@ -209,8 +207,8 @@ def _bins(low: Number, high: Number, *, is_whole: bool) -> tuple[list[Number], l
     ends: list[Number]
     if is_whole:
         ends = [low + (int(high) - int(low)) * step // _BARS for step in range(1, _BARS + 1)]
-    else:  # each divided first, since the difference of two doubles may be infinite
-        ends = [*(low + step * (high / _BARS - low / _BARS) for step in range(1, _BARS)), high]
+    else:  # not by adding steps: the difference of two doubles may be infinite
+        ends = [low * (1 - step / _BARS) + high * (step / _BARS) for step in range(1, _BARS)] + [high]
     return ends, [f"{number_text(a)} to {number_text(b)}" for a, b in pairwise([low, *ends])]
 
 

@@ -12,7 +12,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from batch.columns import Bar
-from headrace.contract import ViewContract
 
 _HOUR_US = 3_600_000_000
 _DAY_US = 24 * _HOUR_US
@@ -84,7 +83,7 @@ class Freshness:
     delays: tuple[Bar, ...]
 
 
-def coverage(contract: ViewContract, day: date, times: pa.ChunkedArray, created: pa.ChunkedArray | None) -> Coverage:
+def coverage(day: date, times: pa.ChunkedArray, created: pa.ChunkedArray | None) -> Coverage:
     """Where the rows lie, from their event and created times."""
     events = np.sort(_microseconds(times))
     start = _start_us(day)

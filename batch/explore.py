@@ -124,7 +124,7 @@ def explore(
         ),
         rules=rules,
         columns=tuple(columns),
-        coverage=coverage(contract, day, times, created),
+        coverage=coverage(day, times, created),
         freshness=fresh,
         before=tuple(DayBefore(d.day, d.rows, _report_of(view, folder, d.day, settings)) for d in before),
         rejects=tuple(row for rows in rejects.values() for row in rows),
