@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -97,14 +98,16 @@ def clean_day(view: str, folder: DayFolder, watcher: Watcher) -> dict[str, Any]:
             transform=transform,
             progress=lambda done, total: watcher.say_progress(done, total, "rows"),
         )
-        # It is read soon and once or twice, so it is made in half the time rather than small.
-        pq.write_table(table, kept, compression="lz4", dictionary_pagesize_limit=131_072)
+        with ThreadPoolExecutor(1) as beside:
+            digest = beside.submit(content_hash, table)
+            # It is read soon and once or twice, so it is made in half the time rather than small.
+            pq.write_table(table, kept, compression="lz4", dictionary_pagesize_limit=131_072)
     duplicates = counts.duplicate_exact + counts.duplicate_key_time
     watcher.say(f"{counts.kept:,} kept, {counts.rejected:,} rejected, {duplicates:,} duplicates", 100)
     return {
         "counts": counts.as_json(),
         "read_us": raw["read_us"],
-        "content_hash": content_hash(table),
+        "content_hash": digest.result(),
         "transform": None if transform is None else {"name": transform.name, "hash": transform.hash},
         "inputs": {folder.raw.name: raw["hash"]},
     }
