@@ -22,6 +22,9 @@ from batch.source import ODD
 from headrace.conform import Reject, conform
 from headrace.contract import Transform, ViewContract
 
+Mask = npt.NDArray[np.bool_]
+Int64s = npt.NDArray[np.int64]
+
 REJECTS = pa.schema(
     [
         pa.field("row", pa.int64()),
@@ -107,7 +110,9 @@ def clean(
             counts.skipped += skipped
             counts.reasons.update((reject.reason.value, reject.field or "") for reject in rejected)
             progress(counts.read, total)
-    unique = deduplicate(contract, pa.concat_tables(kept), counts)
+    table = pa.concat_tables(kept).combine_chunks()  # in one piece it is sorted and taken in half the time
+    kept.clear()
+    unique = deduplicate(contract, table, counts)
     counts.kept = unique.num_rows
     return unique, counts
 
@@ -126,34 +131,70 @@ def deduplicate(contract: ViewContract, table: pa.Table, counts: Counts) -> pa.T
     identity = [contract.timestamp_field, *contract.join_keys]
     order = [*identity, *([contract.created_field] if contract.created_field is not None else [])]
     indices = pc.sort_indices(table, sort_keys=[(name, "ascending", "at_start") for name in order])
-    table = table.take(indices).combine_chunks()
+    table = table.take(indices)
     same = np.ones(max(table.num_rows - 1, 0), dtype=bool)
     for name in identity:
-        column = table.column(name).combine_chunks()
-        same &= pc.equal(column[:-1], column[1:]).to_numpy(zero_copy_only=False).astype(bool)
+        column = table.column(name)
+        same &= pc.equal(column[:-1], column[1:]).to_numpy()
     if not same.any():
         return table
+    alike = np.flatnonzero(np.concatenate(([False], same)) | np.concatenate((same, [False])))
+    # The number of the run of equal neighbours that a row belongs to; a run starts where a row differs from the last.
+    runs = np.cumsum(np.concatenate(([True], ~same)))[alike]
+    is_kept, distinct = _winners(contract, table.take(alike), runs)
     keep = np.ones(table.num_rows, dtype=bool)
-    for first, last in _runs(same):
-        rows = table.slice(first, last - first + 1).to_pylist()
-        texts = [repr(tuple(row.values())) for row in rows]
-        newest = rows[-1][contract.created_field] if contract.created_field is not None else None
-        candidates = [
-            i for i, row in enumerate(rows) if contract.created_field is None or row[contract.created_field] == newest
-        ]
-        winner = max(candidates, key=lambda i: (texts[i], -i))
-        keep[first : last + 1] = False
-        keep[first + winner] = True
-        distinct = len(set(texts))
-        counts.duplicate_exact += len(rows) - distinct
-        counts.duplicate_key_time += distinct - 1
+    keep[alike] = is_kept
+    counts.duplicate_exact += len(alike) - distinct
+    counts.duplicate_key_time += distinct - int(np.count_nonzero(is_kept))
     return table.filter(pa.array(keep))
 
 
-def _runs(same: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """The runs of equal neighbours, as (first row, last row), from `same[i]`: row i equals row i + 1."""
-    edges = np.diff(np.concatenate(([False], same, [False])).astype(np.int8))
-    return list(zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist(), strict=True))
+def _winners(contract: ViewContract, rows: pa.Table, runs: Int64s) -> tuple[Mask, int]:
+    """Which row of each run stays, and how many distinct rows there are.
+
+    Args:
+        rows: those of runs of the same key and time, a run's rows together, by ascending created time.
+        runs: the number of each row's run.
+    """
+    codes = {name: _codes(rows.column(name)) for name in rows.column_names}
+    every = [runs, *(part for parts in codes.values() for part in parts)]
+    order = np.lexsort(every[::-1])
+    is_new = np.append(True, np.logical_or.reduce([part[order][1:] != part[order][:-1] for part in every]))
+    numbers = np.empty(len(runs), dtype=np.int64)
+    numbers[order] = np.cumsum(is_new)  # rows have the same number if they are equal
+    is_last = np.append(runs[1:] != runs[:-1], True)
+    last = np.flatnonzero(is_last)[np.cumsum(is_last) - is_last]
+    created = codes[contract.created_field] if contract.created_field is not None else []
+    is_newest = np.logical_and.reduce([part == part[last] for part in created], initial=True)
+    is_tied = np.isin(runs, runs[is_newest & (numbers != numbers[last])]) & is_newest
+    is_kept = is_last & ~np.isin(runs, runs[is_tied])
+    is_kept[_greatest(rows, runs, np.flatnonzero(is_tied))] = True
+    return is_kept, int(np.count_nonzero(is_new))
+
+
+def _greatest(rows: pa.Table, runs: Int64s, tied: Int64s) -> list[int]:
+    """Of the rows that are equally new the one of each run whose values, written out, are the greatest."""
+    best: dict[int, tuple[str, int]] = {}
+    for row, values in zip(tied.tolist(), rows.take(tied).to_pylist(), strict=True):
+        run, text = int(runs[row]), repr(tuple(values.values()))
+        if run not in best or text > best[run][0]:
+            best[run] = (text, row)
+    return [row for _, row in best.values()]
+
+
+def _codes(column: pa.ChunkedArray) -> list[Int64s]:
+    """One or two numbers for each value, the same for equal ones alone; NaN equals NaN, and null null."""
+    kind = column.type
+    if pa.types.is_floating(kind):
+        numbers = column.cast(pa.float64()).fill_null(0.0).to_numpy()
+        codes = np.where(np.isnan(numbers), np.nan, numbers).view(np.int64)
+    elif pa.types.is_integer(kind) or pa.types.is_timestamp(kind) or pa.types.is_boolean(kind):
+        codes = column.cast(pa.int64()).fill_null(0).to_numpy()
+    else:
+        is_text = pa.types.is_string(kind) or pa.types.is_binary(kind)
+        texts = column if is_text else pa.chunked_array([[repr(value) for value in column.to_pylist()]])
+        codes = texts.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy().astype(np.int64)
+    return [codes, column.is_valid().to_numpy().astype(np.int64)] if column.null_count else [codes]
 
 
 def _conform(
@@ -197,18 +238,55 @@ def _as_found(column: pa.Field, texts: list[str]) -> pa.Array:
 
 
 def _reject_table(table: pa.Table, rejected: list[Reject], first_row: int) -> pa.Table:
-    rows = table.take(pa.array([reject.row for reject in rejected], pa.int64())).to_pylist()
-    records = []
-    for row in rows:
-        odd = row.pop(ODD)
-        records.append(json.dumps({**row, **(json.loads(odd) if odd else {})}, default=str))
+    rows = table.take(pa.array([reject.row for reject in rejected], pa.int64()))
     return pa.table(
         {
             "row": [first_row + reject.row for reject in rejected],
             "reason": [reject.reason.value for reject in rejected],
             "field": [reject.field for reject in rejected],
             "message": [reject.message for reject in rejected],
-            "record": records,
+            "record": _records(rows),
         },
         schema=REJECTS,
     )
+
+
+def _records(rows: pa.Table) -> pa.Array:
+    """Each row as a JSON object, with its odd values in their columns. What JSON does not have is text."""
+    names = [name for name in rows.column_names if name != ODD]
+    odd = rows.column(ODD).combine_chunks()
+    notes = {row: json.loads(odd[row].as_py()) for row in np.flatnonzero(odd.is_valid().to_numpy(zero_copy_only=False))}
+    parts: list[pa.Array | str] = []
+    for name in names:
+        values = _as_json(rows.column(name).combine_chunks())
+        found = {row: json.dumps(note[name]) for row, note in notes.items() if name in note}
+        if found:
+            mask = np.zeros(len(values), dtype=bool)
+            mask[list(found)] = True
+            values = pc.replace_with_mask(values, mask, pa.array([found[row] for row in sorted(found)], pa.string()))
+        parts += [("{" if not parts else ", ") + json.dumps(name) + ": ", values]
+    return pc.binary_join_element_wise(*parts, "}", "")
+
+
+def _as_json(values: pa.Array) -> pa.Array:
+    """The JSON of each value."""
+    kind = values.type
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        texts = values.cast(pa.string())
+    elif pa.types.is_floating(kind):
+        texts = values.cast(pa.string())
+        texts = pc.if_else(pc.is_finite(values), texts, _quoted(texts))
+    elif pa.types.is_timestamp(kind):
+        texts = _quoted(values.cast(pa.string()))
+    elif pa.types.is_string(kind) and not pc.any(pc.match_substring_regex(values, _NEEDS_ESCAPE)).as_py():
+        texts = _quoted(values)
+    else:
+        texts = pa.array([json.dumps(value, default=str) for value in values.to_pylist()], pa.string())
+    return texts.fill_null("null")
+
+
+_NEEDS_ESCAPE = r"[^ !#-\[\]-~]"
+
+
+def _quoted(texts: pa.Array) -> pa.Array:
+    return pc.binary_join_element_wise('"', texts, '"', "")

@@ -7,6 +7,7 @@
                               kept.parquet    clean.json     Clean
                               rejects.parquet
                               report.html     report.json    ExploreAndValidate, whatever the verdict
+                              rejects.html
                                               passed.json    ExploreAndValidate, only if the gate is open
                               withdrawn.parquet              OfflineStore, if the day lost rows
                                               offline.json   OfflineStore
@@ -18,6 +19,7 @@
                           retain=<T>/retain.json                 or retain-dry-run=<T>/
     <batch_folder>/<view>/withdrawn/                     what Materialize is still to take back (`batch.withdrawals`)
     <batch_folder>/<view>/backfill=<A>..<B>/             Backfill: materialize.json, or plan.json, forced.json
+    <batch_folder>/<view>/profiles/<d>.json              what the day's features look like, for the days after it
     <batch_folder>/history/, history.html                what ran (`batch.ledger`, `batch.history`)
 
 The JSON receipt of a step is written last, so it is what says that the step is complete.
@@ -114,6 +116,11 @@ class DayFolder:
     def report(self) -> Path:
         """For people."""
         return self.path / "report.html"
+
+    @property
+    def rejects_page(self) -> Path:
+        """The first of the rejected rows, for people."""
+        return self.path / "rejects.html"
 
     @property
     def verdict(self) -> Path:

@@ -27,7 +27,7 @@ def publish(
         What the receipt shall say.
     """
     table = pq.read_table(folder.kept, schema=contract.schema)
-    present = day_files(contract).get(day)
+    present = day_files(contract, [day]).get(day)
     changed = present.content_hash != clean["content_hash"] if present is not None else table.num_rows > 0
     if changed and present is not None:
         note_withdrawn(present.path, folder, view)

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from feast.types import Array, Decimal, FeastType, Json, Map, Set, Struct, TimeUuid, UnixTimestamp, Uuid
 
-from headrace.contract import TIMESTAMP, Rule, Transform, ViewContract
+from headrace.contract import TIMESTAMP, Transform, ViewContract
+from headrace.rules import Rule, Severity
 from headrace.values import parse_map, parse_maps
 
 Rows = npt.NDArray[np.int64]
@@ -380,13 +381,36 @@ def _narrows_float(source: pa.DataType, target: pa.DataType) -> bool:
 def _check_nulls(contract: ViewContract, column: pa.Array, field: pa.Field, rule: Rule, faults: _Faults) -> None:
     if column.null_count == 0:
         return
-    if field.name in (*contract.join_keys, contract.timestamp_field) or rule.nullable is False:
+    if must_not_be_null(contract, field.name) or (rule.nullable is False and rule.severity is Severity.ERROR):
         faults.add(
             _to_mask(column.is_null()), Reason.NULL, field.name, lambda _: f"field `{field.name}` must not be null"
         )
 
 
 def _check_rule(column: pa.Array, rule: Rule, faults: _Faults) -> None:
+    if rule.severity is Severity.WARNING:
+        return
+    bad = broken(column, rule)
+    if bad is not None and bad.any():
+        wanted = str(rule)
+        faults.add(
+            bad,
+            Reason.OUT_OF_RANGE,
+            rule.column,
+            lambda row: f"field `{rule.column}`: expected {wanted}, found {_shown(column[row])}",
+        )
+
+
+def must_not_be_null(contract: ViewContract, column: str) -> bool:
+    """Whether a null is an error whatever the rules say: join keys and the event time make a row what it is."""
+    return column in (*contract.join_keys, contract.timestamp_field)
+
+
+def broken(column: pa.Array, rule: Rule) -> Mask | None:
+    """Which values break the bounds and the list of a rule, whatever its severity; None where it has neither.
+
+    A null breaks none, NaN every bound.
+    """
     good = None
     for bound, compare in (
         (rule.ge, pc.greater_equal),
@@ -401,16 +425,7 @@ def _check_rule(column: pa.Array, rule: Rule, faults: _Faults) -> None:
         member = pc.is_in(column.cast(pa.string()), pa.array(rule.isin, pa.string()))
         member = pc.if_else(column.is_valid(), member, True)
         good = member if good is None else pc.and_kleene(good, member)
-    if good is None:
-        return
-    bad = _to_mask(pc.invert(good).fill_null(False))
-    if bad.any():
-        faults.add(
-            bad,
-            Reason.OUT_OF_RANGE,
-            rule.column,
-            lambda row: f"field `{rule.column}`: expected {rule}, found {_shown(column[row])}",
-        )
+    return None if good is None else _to_mask(pc.invert(good).fill_null(False))
 
 
 def _check_future(

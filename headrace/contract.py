@@ -43,38 +43,10 @@ from feast.types import (
 )
 
 from headrace.errors import ConfigError
+from headrace.rules import DayRules, Rule, day_rules, field_rule
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 """The one type of every time column: microseconds, UTC."""
-
-_BOUNDS = ("ge", "le", "gt", "lt")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """The values a column may have, from the tags of its `Field`.
-
-    Attributes:
-        column: the column's name.
-        ge, le, gt, lt: bounds, inclusive and exclusive; None is unbounded. NaN satisfies no bound.
-        isin: the allowed values, as text; None allows any.
-        nullable: True and False as tagged. None, the default, lets a value be null but wants its field in a message.
-    """
-
-    column: str
-    ge: float | None = None
-    le: float | None = None
-    gt: float | None = None
-    lt: float | None = None
-    isin: tuple[str, ...] | None = None
-    nullable: bool | None = None
-
-    def __str__(self) -> str:
-        signs = {"ge": ">=", "le": "<=", "gt": ">", "lt": "<"}
-        parts = [f"{signs[b]} {getattr(self, b):g}" for b in _BOUNDS if getattr(self, b) is not None]
-        if self.isin is not None:
-            parts.append(f"one of {', '.join(self.isin)}")
-        return " and ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -106,6 +78,8 @@ class ViewContract:
         features: their columns, in the view's order.
         schema: the columns of every segment, in order: join keys, features, event timestamp, created timestamp.
         field_mapping: by column the name of a mapped field in the view.
+        rules: of the join keys and features, those without a tag included.
+        day_rules: what a day of the batch chain must be like.
         directory: the view's folder of segments, absolute.
         topic, bootstrap_servers, message_format, message_schema: of the view's `KafkaSource`; None without one.
             The format is lower-case: `json`, `avro`, `proto`.
@@ -124,6 +98,7 @@ class ViewContract:
     schema: pa.Schema
     field_mapping: Mapping[str, str]
     rules: tuple[Rule, ...]
+    day_rules: DayRules
     directory: Path
     topic: str | None
     bootstrap_servers: str | None
@@ -180,7 +155,11 @@ class ViewContract:
             created_field=created,
             schema=pa.schema(columns),
             field_mapping={column: name for name, column in mapped.items()},
-            rules=tuple(_rule(view, field, mapped.get(field.name, field.name)) for field in fields),
+            rules=tuple(
+                field_rule(view, field, mapped.get(field.name, field.name), is_key=index < len(entities))
+                for index, field in enumerate(fields)
+            ),
+            day_rules=day_rules(view),
             directory=directory_of(source, config),
             topic=options.topic if options is not None else None,
             bootstrap_servers=options.kafka_bootstrap_servers if options is not None else None,
@@ -312,34 +291,6 @@ def _fits_struct(dtype: FeastType) -> bool:
     if isinstance(dtype, Array):
         return not isinstance(dtype.base_type, Array | Set) and dtype.base_type != Map
     return not isinstance(dtype, Set) and dtype != Map
-
-
-def _rule(view: FeatureView, field: Field, column: str) -> Rule:
-    """The rule in a field's tags. Tags of other names are the user's own."""
-    tags: Mapping[str, str] = field.tags or {}
-    where = f"feature view `{view.name}`: field `{field.name}`"
-    values: dict[str, Any] = {}
-    for bound in _BOUNDS:
-        if bound in tags:
-            try:
-                values[bound] = float(tags[bound])
-            except ValueError:
-                msg = f"{where}: tag {bound}={tags[bound]!r} is no number; write it as in {{'{bound}': '0.5'}}"
-                raise ConfigError(msg) from None
-            if field.dtype not in (Int32, Int64, Float32, Float64):
-                msg = f"{where}: tag {bound} bounds numbers, the field is of type {field.dtype}; remove the tag"
-                raise ConfigError(msg)
-    if "isin" in tags:
-        if field.dtype not in (Int32, Int64, Float32, Float64, Bool, String):
-            msg = f"{where}: tag isin lists numbers or texts, the field is of type {field.dtype}; remove the tag"
-            raise ConfigError(msg)
-        values["isin"] = tuple(part.strip() for part in tags["isin"].split(","))
-    if "nullable" in tags:
-        if tags["nullable"] not in ("true", "false"):
-            msg = f"{where}: tag nullable={tags['nullable']!r} is neither 'true' nor 'false'"
-            raise ConfigError(msg)
-        values["nullable"] = tags["nullable"] == "true"
-    return Rule(column, **values)
 
 
 def _retain_days(view: FeatureView) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import date
 from typing import Any
 
@@ -17,9 +17,9 @@ from headrace.folder import DayFile, Folder
 from headrace.segments import DayName, Footer, create, new_append_id, remove, time_bounds, writer_id
 
 
-def day_files(contract: ViewContract) -> dict[date, DayFile]:
-    """The snapshot that counts of each ETL day, by day."""
-    return Folder.of(contract).days()
+def day_files(contract: ViewContract, wanted: Collection[date] | None = None) -> dict[date, DayFile]:
+    """The snapshot that counts of each ETL day, or of those wanted alone, by day."""
+    return Folder.of(contract).days(wanted)
 
 
 def replace_day(
@@ -35,7 +35,7 @@ def replace_day(
     """
     folder = Folder.of(contract)
     digest = content_hash(table)
-    present = folder.days().get(day)
+    present = folder.days([day]).get(day)
     if present is None or present.content_hash != digest:
         low, high = time_bounds(table, contract.timestamp_field)
         snapshot = time.time_ns() // 1000
@@ -52,7 +52,7 @@ def replace_day(
         while not create(folder.path_of(DayName(day, snapshot)), table, note, operation="day"):
             snapshot += 1
     remove_superseded(folder, day)
-    return folder.days()[day]
+    return folder.days([day])[day]
 
 
 def remove_superseded(folder: Folder, day: date) -> None:
@@ -83,8 +83,19 @@ def _feed(digest: Any, values: pa.Array | pa.ChunkedArray) -> None:
     elif pa.types.is_list(kind):
         digest.update(pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False).tobytes())
         _feed(digest, values.flatten())
+    elif pa.types.is_string(kind) or pa.types.is_binary(kind):
+        _feed_bytes(digest, values.fill_null(pa.scalar(b"").cast(kind)) if values.null_count else values)
     else:
         for value in values.to_pylist():
             piece = repr(value).encode()
             digest.update(len(piece).to_bytes(8, "little"))
             digest.update(piece)
+
+
+def _feed_bytes(digest: Any, values: pa.Array) -> None:
+    """The lengths, then the bytes one after the other."""
+    digest.update(pc.binary_length(values).cast(pa.int64()).to_numpy().tobytes())
+    _, offsets, data = values.buffers()
+    if len(values) and data is not None:
+        ends = np.frombuffer(offsets, dtype=np.int32)[[values.offset, values.offset + len(values)]]
+        digest.update(memoryview(data)[ends[0] : ends[1]])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
@@ -167,9 +167,16 @@ class Folder:
 
         return self.settled(read)
 
-    def days(self) -> dict[date, DayFile]:
-        """The snapshot that counts of each ETL day, by day."""
-        return self.settled(lambda: self._days(self.names()))
+    def days(self, wanted: Collection[date] | None = None) -> dict[date, DayFile]:
+        """The snapshot that counts of each ETL day, or of those wanted alone, by day. Reads one footer a day."""
+
+        def read() -> dict[date, DayFile]:
+            names = self.names()
+            if wanted is not None:
+                names = [name for name in names if isinstance(name, DayName) and name.day in wanted]
+            return self._days(names)
+
+        return self.settled(read)
 
     def files(self) -> list[Path]:
         """Every valid file with rows or without: chains, then days, then foreign files. What a reader must open."""

@@ -53,6 +53,10 @@ LEVELS = (0, 1, 2, 3)
 ROWS_A_GROUP = 131_072
 """Rows of a row group: enough to compress and scan well, few enough that its statistics let a reader skip it."""
 
+_DICTIONARY_BYTES = 131_072
+"""Where a column's dictionary is given up. A group's numbers never reach Arrow's own 1 MiB, even if all differ: then it
+is made in vain, at twice the cost of all the rest."""
+
 _TRIES = 10
 
 Offsets = npt.NDArray[np.int64]
@@ -490,7 +494,9 @@ def _write(
     chunks = rows.chunks() if isinstance(rows, Rows) else (rows,)
     with path.open("wb") as sink:
         # Without Arrow's own schema entry the footer has ours alone; the types survive, being Parquet's.
-        with pq.ParquetWriter(sink, rows.schema, compression="zstd", store_schema=False) as writer:
+        with pq.ParquetWriter(
+            sink, rows.schema, compression="zstd", dictionary_pagesize_limit=_DICTIONARY_BYTES, store_schema=False
+        ) as writer:
             for chunk in chunks:
                 writer.write_table(chunk, row_group_size=ROWS_A_GROUP)
             entries = {META.decode(): replace(footer, columns=columns_id(rows.schema)).to_json()}

@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 from confluent_kafka import KafkaError, Producer
 
-from headrace.contract import Rule, ViewContract
+from headrace.contract import ViewContract
 from headrace.errors import ConfigError, TransientError
+from headrace.rules import Rule
 from streaming.avro_encode import AvroEncoder, registered_schema
 from streaming.broker import Broker, client_config
 from streaming.security import is_loopback

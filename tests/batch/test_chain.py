@@ -271,6 +271,7 @@ def test_a_closed_gate_leaves_the_report_and_stops_the_chain(here: Place) -> Non
         "kept.parquet",
         "raw.json",
         "raw.parquet",
+        "rejects.html",
         "rejects.parquet",
         "report.html",
         "report.json",

@@ -266,6 +266,16 @@ def test_the_content_hash_is_of_values_in_order(contract: ViewContract) -> None:
     assert content_hash(table) != content_hash(rows(contract, [{"id": 1}, {"id": 2}, {"id": 3}]))
 
 
+def test_the_content_hash_tells_texts_apart_however_they_lie() -> None:
+    def of(values: list[str | None]) -> str:
+        return content_hash(pa.table({"x": pa.array(values, pa.string())}))
+
+    texts = ["ab", "c", None, "", "ü"]
+    assert of(texts) == content_hash(pa.table({"x": pa.array(["zz", *texts, None], pa.string())})[1:6])
+    unlike = [texts, ["a", "bc", None, "", "ü"], ["ab", "c", "", "", "ü"], ["ab", "c", "", None, "ü"], texts[::-1], []]
+    assert len({of(values) for values in unlike}) == len(unlike)
+
+
 def test_files_of_others_are_history_too(contract: ViewContract) -> None:
     push(contract, some(contract, 1))
     below = contract.directory / "2025" / "old.parquet"

@@ -34,8 +34,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.conform import Reason, conform, parse_timestamps
-from headrace.contract import Rule, Transform, ViewContract
+from headrace.contract import Transform, ViewContract
 from headrace.errors import ConfigError
+from headrace.rules import Rule
 from tests.headrace.views import config, view
 
 EARLY, LATE = datetime(1900, 1, 1), datetime(2200, 1, 1)  # noqa: DTZ001 - Hypothesis wants naive bounds

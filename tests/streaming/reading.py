@@ -36,7 +36,8 @@ from feast.types import (
     Uuid,
 )
 
-from headrace.contract import Rule, ViewContract
+from headrace.contract import ViewContract
+from headrace.rules import Rule
 
 Row = tuple[Any, ...]
 
