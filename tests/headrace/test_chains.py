@@ -270,9 +270,16 @@ def test_the_content_hash_tells_texts_apart_however_they_lie() -> None:
     def of(values: list[str | None]) -> str:
         return content_hash(pa.table({"x": pa.array(values, pa.string())}))
 
-    texts = ["ab", "c", None, "", "ü"]
+    texts: list[str | None] = ["ab", "c", None, "", "ü"]
     assert of(texts) == content_hash(pa.table({"x": pa.array(["zz", *texts, None], pa.string())})[1:6])
-    unlike = [texts, ["a", "bc", None, "", "ü"], ["ab", "c", "", "", "ü"], ["ab", "c", "", None, "ü"], texts[::-1], []]
+    unlike: list[list[str | None]] = [
+        texts,
+        ["a", "bc", None, "", "ü"],
+        ["ab", "c", "", "", "ü"],
+        ["ab", "c", "", None, "ü"],
+        texts[::-1],
+        [],
+    ]
     assert len({of(values) for values in unlike}) == len(unlike)
 
 
