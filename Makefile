@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock check format test campaign chaos fuzz demo up bench bench-stream bench-stores bench-batch clean
+.PHONY: help setup lock check format test campaign campaign-stores campaign-batch chaos fuzz demo up bench bench-stream bench-stores bench-batch clean
 
 VENV ?= .venv
 STAMP := $(VENV)/.headrace-setup
@@ -69,6 +69,10 @@ chaos: setup ## everything goes wrong at once, 100 kill -9 and more, and one by 
 
 campaign-stores: setup ## property tests and crash mixes of the stores, 2,000 examples each; audits of a million keys (an hour)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_EXAMPLES=2000 HEADRACE_TEST_KEYS=1000000 $(PYTHON) -m pytest --timeout 7200 tests/headrace $(ARGS)
+
+campaign-batch: setup ## kill -9 at every step of every batch task, in three ways, and 100 histories of dirty days a database (two hours)
+	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_KILL_EVERY=1 HEADRACE_TEST_EXAMPLES=100 \
+	    $(PYTHON) -m pytest --timeout 14400 tests/batch/test_kills.py tests/batch/test_days.py $(ARGS)
 
 fuzz: setup ## a million hostile records, JSON and Avro, through real workers, against an independent reading (about ten minutes)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_FUZZ=1000000 $(PYTHON) -m pytest -s tests/streaming/test_fuzz.py $(ARGS)

@@ -12,10 +12,12 @@ that, or after a kill, repeat the command without `--force-from`.
 from __future__ import annotations
 
 import logging
+import mmap
 import multiprocessing
 import secrets
 import time
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from datetime import date as Date  # the tasks have a parameter of that name
 from datetime import timedelta
 from pathlib import Path
@@ -34,8 +36,23 @@ STEPS = ("Ingest", "Clean", "ExploreAndValidate", "OfflineStore")
 _invocation = secrets.token_hex(8)
 """Of this process, and of those that it forks."""
 
-_begun: dict[tuple[str, Date, Date], tuple[float, int]] = {}
-"""When this process first looked at a backfill, and how many days were done then; forked processes know it."""
+
+@dataclass
+class Progress:
+    """How far a backfill is, as this process and those that it forks know together.
+
+    Attributes:
+        begun_s: when this process first looked at it, by the monotonic clock.
+        before: how many days were done then.
+        done: a byte a day, in memory that all share; 1 for one that was done since.
+    """
+
+    begun_s: float
+    before: int
+    done: mmap.mmap
+
+
+_progress: dict[tuple[str, Date, Date], Progress] = {}
 
 
 class RangeTask(ChainTask):
@@ -52,19 +69,14 @@ class RangeTask(ChainTask):
 
     def days(self) -> list[DayFolder]:
         """Those days, each in the run that read it last."""
-        return [self.view_folder.day(self.run_of(day), day) for day in self.dates]
+        return [self.view_folder.day(_run_of(day, runs), day) for day, runs in self.runs().items()]
 
-    def run_of(self, day: Date) -> Date:
-        """The run that read a day last; the day's own if none did."""
-        receipts = [folder.raw_receipt for folder in self.view_folder.runs_of(day)]
-        reads = [read_json(receipt) for receipt in receipts if receipt.exists()]
-        last = max(reads, key=lambda receipt: int(receipt["read_us"]), default=None)
-        return day if last is None else Date.fromisoformat(last["run_date"])
-
-    def published(self) -> list[Date]:
-        """The days that are done."""
-        found = {path.parent.name for path in self.view_folder.path.glob("run=*/day=*/offline.json")}
-        return [day for day in self.dates if f"day={day}" in found]
+    def runs(self) -> dict[Date, list[DayFolder]]:
+        """What every run so far left of each day, by run. One scan of the work folder, however many days."""
+        found: dict[str, list[DayFolder]] = {}
+        for path in sorted(self.view_folder.path.glob("run=*/day=*")):
+            found.setdefault(path.name, []).append(DayFolder(path))
+        return {day: found.get(f"day={day}", []) for day in self.dates}
 
     def moment(self) -> dict[str, Any]:
         """The range."""
@@ -72,7 +84,7 @@ class RangeTask(ChainTask):
 
     def check_request(self) -> None:
         """Refuse a range without days or beyond yesterday, and a view or a source that does not fit."""
-        if not self.dates:
+        if self.start >= self.stop:
             msg = f"--start {self.start} --stop {self.stop}: no day lies from the first to before the second"
             raise ConfigError(msg)
         if self.stop > today():
@@ -96,15 +108,24 @@ class BackfillDay(RangeTask):
         """`OfflineStore`."""
         return [OfflineStore(view=self.view, date=self.date, run_date=self.run_date)]
 
+    def days(self) -> list[DayFolder]:
+        """Its own."""
+        return [self.view_folder.day(self.run_date, self.date)]
+
     def run(self) -> None:
         """Say how many days are done, and how long the others may take."""
         if not self.view:
             return
-        done, total = len(self.published()), len(self.dates)
-        begun_s, before = _begun.get((self.view, self.start, self.stop), (time.monotonic(), done))
+        total = (self.stop - self.start).days
+        progress = _progress.get((self.view, self.start, self.stop))
+        if progress is None:  # another process's backfill
+            return
+        progress.done[(self.date - self.start).days] = 1
+        since = progress.done[:].count(1)
+        done = progress.before + since
         text = f"{done} of {total} days"
-        if before < done < total:
-            left_s = (time.monotonic() - begun_s) / (done - before) * (total - done)
+        if done < total:
+            left_s = (time.monotonic() - progress.begun_s) / since * (total - done)
             text += f", about {timedelta(seconds=round(left_s))} left"
         logger.info("Backfill of `%s`: %s", self.view, text)
         self.say(text, 100)
@@ -146,12 +167,14 @@ class Backfill(RangeTask):
         """The days that no run has published; none if it is forced or dry."""
         if self.force_from or self.dry_run:
             return []
-        published = self.published()
-        _begun.setdefault((self.view, self.start, self.stop), (time.monotonic(), len(published)))
+        runs = self.runs()
+        left = [day for day in runs if not _is_published(runs[day])]
+        name = (self.view, self.start, self.stop)
+        if name not in _progress:
+            _progress[name] = Progress(time.monotonic(), len(runs) - len(left), mmap.mmap(-1, len(runs)))
         return [
-            self.clone(BackfillDay, date=day, run_date=self.run_of(day))  # type: ignore[no-untyped-call]
-            for day in self.dates
-            if day not in published
+            self.clone(BackfillDay, date=day, run_date=_run_of(day, runs[day]))  # type: ignore[no-untyped-call]
+            for day in left
         ]
 
     @property
@@ -182,19 +205,20 @@ class Backfill(RangeTask):
     def _redo(self) -> Iterator[luigi.Task]:
         if not self._was_here():
             self._unforced().receipt().unlink(missing_ok=True)
-            for day in self.dates:
+            for day, runs in self.runs().items():
                 with locked(self.view_folder.lock(f"day={day}"), lambda: self.say("waiting for another run")):
-                    undo(self.view_folder.runs_of(day), self.force_from)
+                    undo(runs, self.force_from)
             write_json(self.receipt(), {"invocation": _invocation, "from": self.force_from})
         yield self._unforced()
 
     def _say_plan(self) -> None:
-        published = self.published()
+        runs = self.runs()
+        missing = [str(day) for day in runs if not _is_published(runs[day])]
         if self.force_from:
-            text = f"would redo {len(self.dates)} days from {self.force_from} on, {len(published)} of them published"
+            published = len(runs) - len(missing)
+            text = f"would redo {len(runs)} days from {self.force_from} on, {published} of them published"
         else:
-            missing = [str(day) for day in self.dates if day not in published]
-            text = f"would do {len(missing)} of {len(self.dates)} days: {', '.join(missing) or 'all are done'}"
+            text = f"would do {len(missing)} of {len(runs)} days: {', '.join(missing) or 'all are done'}"
         logger.info("Backfill of `%s`: %s", self.view, text)
         self.say(text, 100)
         write_json(self.receipt(), {"invocation": _invocation, "plan": text})
@@ -206,6 +230,17 @@ class Backfill(RangeTask):
 
     def _unforced(self) -> Backfill:
         return self.clone(force_from="")  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _run_of(day: Date, runs: Collection[DayFolder]) -> Date:
+    """The run that read a day last; the day's own if none did."""
+    reads = [read_json(run.raw_receipt) for run in runs if run.raw_receipt.exists()]
+    last = max(reads, key=lambda receipt: int(receipt["read_us"]), default=None)
+    return day if last is None else Date.fromisoformat(last["run_date"])
+
+
+def _is_published(runs: Collection[DayFolder]) -> bool:
+    return any(run.offline_receipt.exists() for run in runs)
 
 
 def undo(runs: Collection[DayFolder], step: str) -> None:

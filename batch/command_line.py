@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-import signal
 import sys
-import threading
 import warnings
 from pathlib import Path
 
 from luigi.configuration import get_config
 from luigi.parameter import UnconsumedParameterWarning
 
+from batch import processes
 from headrace.errors import HeadraceError
 
 DEFAULTS = {
@@ -47,10 +46,7 @@ def prepare() -> None:
     # It is raised for options of [core] that Luigi itself documents.
     warnings.simplefilter("ignore", UnconsumedParameterWarning)
     logging.getLogger("luigi-interface").addFilter(one_line)
-    if threading.current_thread() is threading.main_thread():
-        # As Ctrl-C: Luigi ends its children and every `finally` runs. By default the running task would be
-        # orphaned.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    processes.guard()
 
 
 def one_line(record: logging.LogRecord) -> bool:

@@ -129,7 +129,10 @@ def publish_day(view: str, day: date, folder: DayFolder, watcher: Watcher) -> di
     watcher.say("publishing", 10)
     view_folder = ViewFolder(settings().folder, view)
     published = publish(contract, day, folder, view_folder, read_json(folder.clean_receipt))
-    watcher.say(f"{published['rows']:,} rows, {'published' if published['changed'] else 'unchanged'}", 100)
+    if "superseded_by" in published:
+        watcher.say(f"left as it is: {published['superseded_by']} counts", 100)
+    else:
+        watcher.say(f"{published['rows']:,} rows, {'published' if published['changed'] else 'unchanged'}", 100)
     return published
 
 

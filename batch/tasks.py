@@ -41,6 +41,7 @@ import luigi
 
 from batch.folder import DayFolder, ViewFolder, clear_staging, locked, read_json, write_json
 from batch.plan import Find, Plan, find_all_views, find_views, look_up
+from batch.processes import NOT_AGAIN
 from batch.settings import settings
 from headrace.errors import ConfigError, HeadraceError, SchemaError, TerminalError
 
@@ -170,13 +171,13 @@ class ViewTask(luigi.Task):
                 )
         except TerminalError as error:
             self.say(str(error))
-            self.inform_scheduler(retry_count=1)
             raise
 
     def on_failure(self, exception: BaseException) -> str:
-        """What the scheduler's page shows: the message alone, if the error is one of ours."""
+        """What the scheduler's page shows: the message alone, if the error is one of ours; and if it is final."""
         if isinstance(exception, HeadraceError):
-            return f"{type(exception).__name__}: {exception}"
+            text = f"{type(exception).__name__}: {exception}"
+            return f"{text}\n{NOT_AGAIN}" if isinstance(exception, TerminalError) else text
         return "".join(traceback.format_exception(exception))
 
     # Towards the person who watches.
@@ -203,25 +204,11 @@ class ViewTask(luigi.Task):
         else:
             self.say(f"{done:,} {what}")
 
-    def inform_scheduler(self, *, retry_count: int | None, tracking_url: str | None = None) -> None:
-        """Set the task's link, and how often it may fail; None: as `luigi.cfg` says.
-
-        Luigi's own `set_tracking_url` registers the task anew and thereby resets its retry policy to the
-        scheduler's defaults, so a closed gate would be tried again; its next failure is judged by the
-        policy of the last registration. Hence one registration with both. Nothing happens outside a worker, nor in a
-        child of a worker with a scheduler of its own (`--local-scheduler`), whose copy nobody sees: there a failure
-        is judged by the class's `retry_count`.
-        """
-        reporter = getattr(self.set_tracking_url, "__self__", None)
-        if reporter is None:
-            return
-        reporter._scheduler.add_task(
-            task_id=reporter._task_id,
-            worker=reporter._worker_id,
-            status="RUNNING",
-            tracking_url=tracking_url,
-            retry_policy_dict={"retry_count": retry_count},
-        )
+    def link(self, url: str) -> None:
+        """Show a link in the scheduler's pages. Outside a worker: nothing."""
+        set_url: Callable[[str], None] | None = self.set_tracking_url
+        if set_url is not None:
+            set_url(url)
 
     # Views.
 
@@ -359,7 +346,7 @@ class ExploreAndValidate(DayTask):
 
         url = report_url(self.folder.report)
         findings = steps.report(self.view, self.date, self.folder, self)
-        self.inform_scheduler(retry_count=self.retry_count, tracking_url=url)
+        self.link(url)
         reasons = "; ".join(
             f"{check.name}: {check.found}, expected {check.expected}" for check in findings.failed("error")
         )

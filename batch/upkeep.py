@@ -6,8 +6,7 @@ exists. So the same command may be started each hour, and started twice in one m
 minutes take turns, a view and task at a time.
 
 **Failures.** As in the chain: what a retry cannot mend is not retried. An audit that finds a difference fails so, and
-leaves its report but no receipt: the same command looks again. With `--local-scheduler` no failure is retried, since
-only a luigid can be told which one it is; the next run of the schedule is the retry.
+leaves its report but no receipt: the same command looks again.
 """
 
 from __future__ import annotations
@@ -68,7 +67,6 @@ class UpkeepTask(ViewTask):
     """What the four tasks have in common."""
 
     at = MinuteParameter(default=now(), description="the minute that names the run, UTC; default: the present one")
-    retry_count = 1
 
     @property
     def name(self) -> str:
@@ -83,16 +81,6 @@ class UpkeepTask(ViewTask):
     def receipt(self) -> Path:
         """Named as the task."""
         return self.folder / f"{self.lock()}.json"
-
-    def run(self) -> None:
-        """As every task; what a retry may mend is retried as `luigi.cfg` says."""
-        try:
-            super().run()
-        except TerminalError:
-            raise
-        except Exception:
-            self.inform_scheduler(retry_count=None)
-            raise
 
     def lock(self) -> str:
         """One run of a task at a time for a view."""
@@ -152,7 +140,7 @@ class Audit(UpkeepTask):
         minute = (self.at - datetime.min) // timedelta(minutes=1)  # noqa: DTZ901 - as Luigi has it
         found = steps.audit_view(self.view, self.folder, self, share=self.sample, seed=minute)
         url = report_url(self.page())
-        self.inform_scheduler(retry_count=self.retry_count, tracking_url=url)
+        self.link(url)
         if found.diverged:
             command = audit_report.repair_command(found)
             msg = f"view `{self.view}`: {audit_report.summary(found)}; see {url}; to mend it: {command}"

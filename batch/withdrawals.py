@@ -1,13 +1,13 @@
 """Rows that a corrected day no longer has leave the online store too.
 
 Newest-wins alone could never take them back. So before `OfflineStore` replaces a snapshot, the rows that only the
-former one has go to `withdrawn.parquet` beside the receipts, and a note named after the former snapshot says where:
+former one has go to `withdrawn.parquet` beside the receipts, and, by a link, to a note named after the former snapshot:
 
-    <batch_folder>/<view>/withdrawn/<name of the former snapshot>.json
+    <batch_folder>/<view>/withdrawn/<name of the former snapshot>
 
-`Materialize` takes the notes whose snapshot was replaced, sets each key that still has one of the rows to its newest
-row offline, and removes the note last. That is right whenever and however often it is done, so a crash between any two
-steps costs a repeat.
+So they stay when the same day is done anew before, in the same run. `Materialize` takes the notes whose snapshot was
+replaced, sets each key that still has one of the rows to its newest row offline, and removes the note last. That is
+right whenever and however often it is done, so a crash between any two steps costs a repeat.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from feast import FeatureStore
 
-from batch.folder import DayFolder, ViewFolder, read_json, staged, write_json
+from batch.folder import DayFolder, ViewFolder, staged
 from headrace.chains import day_files
 from headrace.contract import ViewContract
 from headrace.online import NewestWinsStore, online_store
@@ -46,13 +46,14 @@ def note_withdrawn(former: Path, day: DayFolder, view: ViewFolder) -> None:
         ).to_arrow_table()
     finally:
         connection.close()
-    note = view.withdrawals / f"{former.name}.json"
+    note = view.withdrawals / former.name
     if not gone.num_rows:
         note.unlink(missing_ok=True)  # of a try that was going to replace the snapshot by other rows
         return
     with staged(day.withdrawn) as path:
         pq.write_table(gone.cast(pq.read_schema(day.kept)), path, compression="zstd")
-    write_json(note, {"rows": day.withdrawn.relative_to(view.path)})
+    with staged(note) as path:
+        path.hardlink_to(day.withdrawn)
 
 
 def apply_withdrawals(
@@ -67,17 +68,13 @@ def apply_withdrawals(
     """
     if not isinstance(online_store(store), NewestWinsStore):
         return 0
-    notes = sorted(view.withdrawals.glob("*.json"))
+    notes = sorted(view.withdrawals.glob("*.parquet"))
     present = {file.path.name for file in day_files(contract).values()} if notes else set()
     taken = 0
     for note in notes:
-        if note.stem in present:
+        if note.name in present:
             continue  # OfflineStore was cut off before it replaced it
-        rows = view.path / read_json(note)["rows"]
-        if rows.exists():
-            taken += _take_back(store, contract, rows, progress)
-        else:
-            logger.warning("view `%s`: %s is gone; `Audit` finds what it would have mended", contract.name, rows)
+        taken += _take_back(store, contract, note, progress)
         note.unlink()
     return taken
 
@@ -85,6 +82,9 @@ def apply_withdrawals(
 def _take_back(store: FeatureStore, contract: ViewContract, path: Path, progress: Callable[[int, int], None]) -> int:
     taken = done = 0
     with pq.ParquetFile(path) as file:
+        if not set(contract.schema.names) <= set(file.schema_arrow.names):
+            logger.warning("view `%s` has changed since it lost rows (%s): `Audit` tells", contract.name, path)
+            return 0
         for batch in file.iter_batches(_ROWS_AT_ONCE):
             rows = pa.Table.from_batches([batch]).select(contract.schema.names).cast(contract.schema)
             taken += withdraw(store, contract, rows).total()

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from headrace.contract import ViewContract
 from headrace.folder import DayFile, Folder
-from headrace.segments import DayName, Footer, create, new_append_id, remove, time_bounds, writer_id
+from headrace.segments import DayName, Footer, create, remove, time_bounds
 
 
 def day_files(contract: ViewContract, wanted: Collection[date] | None = None) -> dict[date, DayFile]:
@@ -23,34 +23,41 @@ def day_files(contract: ViewContract, wanted: Collection[date] | None = None) ->
 
 
 def replace_day(
-    contract: ViewContract, day: date, table: pa.Table, *, footer: Mapping[str, Any] | None = None
+    contract: ViewContract,
+    day: date,
+    table: pa.Table,
+    *,
+    read_us: int | None = None,
+    footer: Mapping[str, Any] | None = None,
 ) -> DayFile:
     """Publish a snapshot of an ETL day; the newest counts, older ones are removed at once.
 
-    Atomic, durable, idempotent: the same content again writes nothing.
+    Atomic, durable, idempotent: the same content again writes nothing. Safe beside others who publish the day, on
+    whatever machine: a snapshot is named by when its rows were read, so those that were read last count, whoever comes
+    last. The file depends on nothing else: the same rows of the same moment are the same bytes.
 
     Args:
         table: the whole day in the contract's schema; empty is an empty day.
+        read_us: when the rows were read, microseconds since the epoch; None: they replace what is there in any case.
         footer: what else the footer shall say, as JSON.
+
+    Returns:
+        The snapshot that counts: another's, if its rows were read later.
     """
     folder = Folder.of(contract)
     digest = content_hash(table)
-    present = folder.days([day]).get(day)
-    if present is None or present.content_hash != digest:
-        low, high = time_bounds(table, contract.timestamp_field)
-        snapshot = time.time_ns() // 1000
-        if present is not None:
-            snapshot = max(snapshot, present.snapshot + 1)
-        note = Footer(
-            next=table.num_rows,
-            min_us=low,
-            max_us=high,
-            writer=writer_id(),
-            append=new_append_id(),
-            extra={**(footer or {}), "content_hash": digest},
-        )
-        while not create(folder.path_of(DayName(day, snapshot)), table, note, operation="day"):
-            snapshot += 1
+    low, high = time_bounds(table, contract.timestamp_field)
+    extra = {**(footer or {}), "content_hash": digest, **({} if read_us is None else {"read_us": read_us})}
+    # No time and no process of this writing; a file of that name with that content is as good as ours.
+    note = Footer(next=table.num_rows, min_us=low, max_us=high, append=digest, extra=extra)
+    while True:
+        present = folder.days([day]).get(day)
+        if present is not None and (present.content_hash == digest or present.was_read_after(read_us)):
+            break
+        moment = time.time_ns() // 1000 if read_us is None else read_us
+        snapshot = moment if present is None else max(moment, present.snapshot + 1)
+        if create(folder.path_of(DayName(day, snapshot)), table, note, operation="day"):
+            break
     remove_superseded(folder, day)
     return folder.days([day])[day]
 

@@ -68,13 +68,22 @@ class Tip:
 
 @dataclass(frozen=True)
 class DayFile:
-    """The snapshot of an ETL day that counts."""
+    """The snapshot of an ETL day that counts.
+
+    Attributes:
+        read_us: when its rows were read, microseconds; None where that was not said.
+    """
 
     date: date
     snapshot: int
     path: Path
     rows: int
     content_hash: str
+    read_us: int | None
+
+    def was_read_after(self, read_us: int | None) -> bool:
+        """Whether its rows are known to be newer than some that were read then."""
+        return self.read_us is not None and read_us is not None and self.read_us > read_us
 
 
 def derive(name: str, segments: Iterable[SegmentName], footer_of: Callable[[SegmentName], Footer]) -> Chain:
@@ -257,7 +266,8 @@ class Folder:
     def _day(self, name: DayName) -> DayFile:
         path = self.path_of(name)
         mark = read_footer(path)
-        return DayFile(name.day, name.snapshot, path, mark.next, str(mark.extra.get("content_hash", "")))
+        content, read_us = str(mark.extra.get("content_hash", "")), mark.extra.get("read_us")
+        return DayFile(name.day, name.snapshot, path, mark.next, content, None if read_us is None else int(read_us))
 
     def _is_usable(self, path: Path) -> bool:
         try:

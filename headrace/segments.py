@@ -94,7 +94,7 @@ class Footer:
         topic_id: the id of the topic that the offsets belong to.
         transforms: the hashes of the transformations that made the rows.
         servers: the ids of the online servers that had the rows when the segment was appended.
-        writer, append: the process, and the id of this very append.
+        writer, append: the process, and the id of this very append; of a day nothing, and its content hash.
         mark: `before` (positions from before Headrace began), `gap` (a head that the topic lost), `closed`,
             `retained` (rows that retention removed).
         successor: for a closed chain, the new topic's id and its start.
@@ -242,7 +242,7 @@ def create(
         LedgerError: the name is taken by a file that cannot be read.
     """
     _make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{footer.append}.tmp")
+    temporary = path.with_name(f".{path.name}.{new_append_id()}.tmp")
     try:
         is_new = _linked(temporary, path, rows, footer, accepted, operation)
         if not is_new and not _has_append(path, footer.append):

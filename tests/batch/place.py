@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from luigi.execution_summary import LuigiStatusCode
 
+from batch.processes import Factory
 from tests.servers.repository import ROOT, environment, feast_apply
 
 D = date(2026, 3, 10)
@@ -152,6 +153,11 @@ class Place:
         """All rows of the ETL days."""
         return pa.concat_tables(pq.read_table(path) for path in self.day_files(view))
 
+    def rows_of(self, path: Path) -> list[dict[str, Any]]:
+        """The rows of one file."""
+        rows: list[dict[str, Any]] = pq.ParquetFile(path).read().to_pylist()
+        return rows
+
     def run(
         self, *arguments: str, expect: int | None = 0, timeout_s: float = 120, **settings: object
     ) -> subprocess.CompletedProcess[str]:
@@ -221,7 +227,13 @@ def zone_rows(day: date) -> list[dict[str, Any]]:
 
 def build(*tasks: luigi.Task) -> LuigiStatusCode:
     """Run tasks in this process, with a scheduler of their own."""
-    result = luigi.build(list(tasks), local_scheduler=True, detailed_summary=True, log_level="WARNING")
+    result = luigi.build(
+        list(tasks),
+        worker_scheduler_factory=Factory(),
+        local_scheduler=True,
+        detailed_summary=True,
+        log_level="WARNING",
+    )
     return result.status  # type: ignore[no-any-return]
 
 

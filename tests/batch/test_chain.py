@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import pytest
 from luigi.execution_summary import LuigiStatusCode
 
 from batch import Audit, Backfill, Clean, ExploreAndValidate, Ingest, Materialize, OfflineStore, folder, tasks
-from batch.folder import read_json
+from batch.backfill import undo
+from batch.folder import DayFolder, read_json
 from batch.tasks import ChainTask
 from headrace.errors import ConfigError
 from tests.batch.conftest import forget
@@ -203,7 +204,7 @@ def test_late_corrected_and_deleted_rows_come_with_the_next_run(here: Place) -> 
     assert answer["distance_km"][1] == 77
     folder = here.root / "data" / "batch" / "rides"
     assert read_json(folder / f"run={run}" / "materialize.json")["keys_taken_back"] in {1, 2}
-    assert not list(folder.glob("withdrawn/*.json"))
+    assert not list(folder.glob("withdrawn/*.parquet"))
     assert build(Materialize(view="rides", date=run + timedelta(days=1))) == LuigiStatusCode.SUCCESS
     assert here.day_files("rides") == after
     assert here.receipt("rides", D, "offline.json", run + timedelta(days=1))["changed"] is False
@@ -219,6 +220,59 @@ def test_an_older_read_never_replaces_a_newer_one(here: Place) -> None:
     assert build(Materialize(view="rides", date=D)) == LuigiStatusCode.SUCCESS
     assert here.day_files("rides") == newest
     assert here.receipt("rides", D, "offline.json")["superseded_by"] == str(run)
+
+
+def test_rows_are_taken_back_online_by_a_later_run_if_not_by_their_own(here: Place) -> None:
+    here.insert("rides", good_rides(D))
+    assert build(Materialize(view="rides", date=D)) == LuigiStatusCode.SUCCESS
+    here.execute("DELETE FROM rides WHERE rider = 'rider 4'")
+    first, second = (OfflineStore(view="rides", date=D, run_date=D + timedelta(days=days)) for days in (1, 2))
+    assert build(first) == LuigiStatusCode.SUCCESS  # and its `Materialize` never comes
+    here.execute("DELETE FROM rides WHERE rider = 'rider 5'")
+    assert build(second) == LuigiStatusCode.SUCCESS
+    assert build(Materialize(view="rides", date=D + timedelta(days=3))) == LuigiStatusCode.SUCCESS
+    riders = [{"rider": f"rider {n}", "city_id": n % 3} for n in (3, 4, 5)]
+    store = feast.FeatureStore(str(here.repo))
+    answer = store.get_online_features(["rides:distance_km"], riders).to_dict()
+    assert answer["distance_km"] == [0.75, None, None]
+
+
+def test_what_is_redone_before_it_was_taken_back_is_taken_back_too(here: Place) -> None:
+    here.insert("rides", good_rides(D))
+    assert build(Materialize(view="rides", date=D)) == LuigiStatusCode.SUCCESS
+    for rider in (4, 5, 5):
+        here.execute(f"DELETE FROM rides WHERE rider = 'rider {rider}'")
+        undo([DayFolder(here.folder("rides", D))], "Ingest")
+        forget()
+        assert build(OfflineStore(view="rides", date=D)) == LuigiStatusCode.SUCCESS
+    assert build(Materialize(view="rides", date=D + timedelta(days=3))) == LuigiStatusCode.SUCCESS
+    store = feast.FeatureStore(str(here.repo))
+    riders = [{"rider": f"rider {n}", "city_id": n % 3} for n in (3, 4, 5)]
+    assert store.get_online_features(["rides:distance_km"], riders).to_dict()["distance_km"] == [0.75, None, None]
+
+
+@pytest.mark.parametrize("older_comes_last", [True, False])
+def test_of_two_work_folders_the_later_read_counts(
+    older_comes_last: bool, here: Place, configure: Callable[..., None]
+) -> None:
+    """Two machines that see the same stores, and nothing else of each other."""
+    here.insert("rides", good_rides(D))
+    configure(batch_folder=here.root / "a")
+    assert build(ExploreAndValidate(view="rides", date=D)) == LuigiStatusCode.SUCCESS
+    here.insert("rides", [{**GOOD, "rider": "late"}])
+    here.execute("DELETE FROM rides WHERE rider = 'rider 4'")
+    order = ["b", "a"] if older_comes_last else ["a", "b"]
+    for name in order:
+        configure(batch_folder=here.root / name)
+        assert build(Materialize(view="rides", date=D)) == LuigiStatusCode.SUCCESS
+    receipts = {
+        name: json.loads((here.root / name / f"rides/run={D}/day={D}/offline.json").read_text()) for name in order
+    }
+    assert ("superseded_by" in receipts["a"], "superseded_by" in receipts["b"]) == (older_comes_last, False)
+    assert len(here.day_files("rides")) == 1
+    riders = here.offline("rides").column("rider").to_pylist()
+    assert ("late" in riders, "rider 4" in riders, len(riders)) == (True, False, 20)
+    assert build(Audit(view="rides", at=datetime(2026, 3, 12, 0, 0))) == LuigiStatusCode.SUCCESS  # noqa: DTZ001
 
 
 def test_a_crash_between_publishing_and_the_receipt_keeps_the_withdrawn_rows(
@@ -252,7 +306,7 @@ def test_a_row_withdrawn_and_brought_again_is_online(here: Place) -> None:
         assert build(OfflineStore(view="rides", date=D, run_date=D + timedelta(days=run))) == LuigiStatusCode.SUCCESS
     row = next(row for row in good_rides(D) if row["rider"] == "rider 4")
     here.insert("rides", [row])
-    assert len(list((here.root / "data" / "batch" / "rides" / "withdrawn").glob("*.json"))) == 2
+    assert len(list((here.root / "data" / "batch" / "rides" / "withdrawn").glob("*.parquet"))) == 2
     backfill: Any = Backfill  # Luigi's parameters are no arguments that a type checker knows
     again = backfill(view="rides", start=D, stop=D + timedelta(days=1), force_from="Ingest")
     assert build(again) == LuigiStatusCode.SUCCESS

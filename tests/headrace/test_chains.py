@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -248,6 +249,34 @@ def test_a_day_is_replaced_at_once(contract: ViewContract) -> None:
     assert day_files(contract)[DAY] == second
     assert ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist() == [1, 3]
     assert replace_day(contract, DAY, some(contract)).rows == 0
+
+
+def test_the_rows_that_were_read_last_count_whoever_comes_last(contract: ViewContract) -> None:
+    later = replace_day(contract, DAY, some(contract, 2), read_us=20)
+    assert replace_day(contract, DAY, some(contract, 1), read_us=10) == later
+    forced = replace_day(contract, DAY, some(contract, 3), read_us=20)  # the same read, cleaned anew
+    assert (forced.snapshot, forced.read_us) == (21, 20)
+    assert replace_day(contract, DAY, some(contract, 4), read_us=21).snapshot == 22
+    assert replace_day(contract, DAY, some(contract, 5)).rows == 1  # no word of when: they replace
+    assert ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist() == [5]
+
+
+def test_of_many_who_publish_a_day_at_once_the_last_read_counts(contract: ViewContract) -> None:
+    for start in range(0, 200, 10):
+        reads = [start + number for number in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda us: replace_day(contract, DAY, some(contract, us), read_us=us), reads))
+        assert ds.dataset(headrace.files(contract)).to_table().column("id").to_pylist() == [reads[-1]]
+        assert len(list(contract.directory.iterdir())) == 1
+
+
+def test_the_same_rows_of_the_same_moment_are_the_same_bytes(contract: ViewContract) -> None:
+    made = []
+    for _ in range(2):
+        path = replace_day(contract, DAY, some(contract, 1, 2), read_us=7, footer={"note": 1}).path
+        made.append((path.name, path.read_bytes()))
+        path.unlink()
+    assert made[0] == made[1]
 
 
 def test_an_older_snapshot_that_outlived_a_crash_does_not_count(contract: ViewContract) -> None:
