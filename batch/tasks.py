@@ -226,7 +226,7 @@ class ViewTask(luigi.Task):
 class ChainTask(ViewTask):
     """A task of the chain, which is run for a date."""
 
-    view = luigi.Parameter(default="", description="the feature view; default: every view with a source table")
+    view = luigi.Parameter(default="", description="the feature view; default: every view with a source")
     date = DayParameter(default=today() - timedelta(days=1), description="the day; default: yesterday, UTC")
     find = staticmethod(find_views)
 
@@ -246,8 +246,10 @@ class ChainTask(ViewTask):
         """Refuse a view whose source cannot be read, if it must be."""
         plan = _planned(self.find, self.view)
         problem = plan.problems.get(self.view)
-        if plan.is_single and problem is not None and any(_needs_source(day) for day in self.days()):
-            raise ConfigError(problem)
+        if problem is None or problem.is_drift or not plan.is_single:
+            return
+        if any(_needs_source(day) for day in self.days()):
+            raise ConfigError(problem.message)
 
     def moment(self) -> dict[str, Any]:
         """The day, and the run for which it is done."""
@@ -290,23 +292,32 @@ class DayTask(ChainTask):
 
 
 class Ingest(DayTask):
-    """Read a day from the source database to raw Parquet."""
+    """Read a day from the source to raw Parquet.
+
+    From the command line of any task of the chain: `--Ingest-accept-schema`.
+    """
+
+    accept_schema = luigi.BoolParameter(
+        default=False, significant=False, description="take the source's columns as they are, if they changed"
+    )
 
     @property
     def retry_count(self) -> int | None:
         """What the look-up found wrong with the source is wrong for good; else as `luigi.cfg` says."""
         plan = _plans.get(self.find)
-        return 1 if plan is not None and plan.problems.get(self.view) is not None else None
+        problem = plan.problems.get(self.view) if plan is not None else None
+        return None if problem is None or (problem.is_drift and self.accept_schema) else 1
 
     def receipt(self) -> Path:
         """`raw.json`."""
         return self.folder.raw_receipt
 
     def work(self) -> dict[str, Any]:
-        """Read the table's rows of the day, in chunks."""
+        """Read the source's rows of the day, in chunks."""
         from batch import steps  # noqa: PLC0415 - as the module's docstring says
 
-        return steps.ingest(self.view, self.date, self.folder, self)
+        accept: bool = self.accept_schema
+        return steps.ingest(self.view, self.date, self.view_folder, self.folder, self, accept_schema=accept)
 
 
 class Clean(DayTask):
