@@ -17,32 +17,11 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
 
 from luigi.worker import fork_lock
 
-from batch.folder import ViewFolder
 from batch.settings import BatchSettings
-from headrace.errors import ConfigError, HeadraceError, SchemaError, TerminalError
-
-if TYPE_CHECKING:
-    from headrace.contract import ViewContract
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with a view's source for good.
-
-    Attributes:
-        is_drift: whether it is that the source is not what it was at the last run, which `Ingest` may be told to take.
-    """
-
-    message: str
-    is_drift: bool = False
-
-
-Problems = dict[str, Problem | None]
-"""By view; None where nothing is wrong."""
+from headrace.errors import ConfigError, HeadraceError, TerminalError
 
 
 @dataclass(frozen=True)
@@ -50,14 +29,15 @@ class Plan:
     """What a process was asked to run, looked up.
 
     Attributes:
+        problems: by view: what is wrong with its source for good, or None.
         is_single: whether one view was asked for by name.
     """
 
-    problems: Problems
+    problems: dict[str, str | None]
     is_single: bool
 
 
-Find = Callable[[BatchSettings, Collection[str]], Problems]
+Find = Callable[[BatchSettings, Collection[str]], dict[str, str | None]]
 
 
 def look_up(settings: BatchSettings, view: str, find: Find) -> Plan:
@@ -94,48 +74,42 @@ def look_up(settings: BatchSettings, view: str, find: Find) -> Plan:
     return Plan(problems, bool(view))
 
 
-def find_all_views(settings: BatchSettings, names: Collection[str]) -> Problems:
+def find_all_views(settings: BatchSettings, names: Collection[str]) -> dict[str, str | None]:
     """The views, whether or not they have a source; nothing is wrong with any. Opens the registry."""
     from headrace.repository import contracts, open_store  # noqa: PLC0415 - imports Feast, in the child only
 
     return {contract.name: None for contract in contracts(open_store(settings.feature_repo), names)}
 
 
-def find_views(settings: BatchSettings, names: Collection[str]) -> Problems:
-    """The views with a source and what is wrong with their sources. Opens the registry and the database.
+def find_views(settings: BatchSettings, names: Collection[str]) -> dict[str, str | None]:
+    """The views with a source and what is wrong with it. Opens the registry, and the database or the files.
 
     Raises:
         ConfigError: a view that was named has no source, or none has.
     """
-    from batch.source import no_source  # noqa: PLC0415 - imports Feast, in the child only
+    from batch.source import no_source, open_source  # noqa: PLC0415 - imports Feast, in the child only
     from headrace.repository import contracts, open_store  # noqa: PLC0415
 
     found = contracts(open_store(settings.feature_repo), names)
     without = [contract.name for contract in found if not contract.has_source]
     if without and (names or len(without) == len(found)):
         raise no_source(*without)
-    return {contract.name: _problem(settings, contract) for contract in found if contract.has_source}
-
-
-def _problem(settings: BatchSettings, contract: ViewContract) -> Problem | None:
-    from batch.source import open_source  # noqa: PLC0415
-    from batch.sources import drift  # noqa: PLC0415 - imports Feast, in the child only
-
-    try:
-        source = open_source(settings, contract)
-    except TerminalError as error:
-        return Problem(str(error))
-    except HeadraceError:
-        return None  # it may pass: Ingest tries, and tries again
-    try:
-        drift.check(drift.taken(ViewFolder(settings.folder, contract.name), source), source, contract)
-    except SchemaError as error:
-        return Problem(str(error), is_drift=True)
-    return None
+    problems: dict[str, str | None] = {}
+    for contract in found:
+        if not contract.has_source:
+            continue
+        try:
+            open_source(settings, contract)
+            problems[contract.name] = None
+        except TerminalError as error:
+            problems[contract.name] = str(error)
+        except HeadraceError:
+            problems[contract.name] = None  # it may pass: Ingest tries, and tries again
+    return problems
 
 
 def _answer(sender: Connection, settings: BatchSettings, view: str, find: Find) -> None:
-    answer: tuple[Problems, list[str]] | HeadraceError
+    answer: tuple[dict[str, str | None], list[str]] | HeadraceError
     before = set(sys.modules)
     try:
         problems = find(settings, (view,) if view else settings.view_names)

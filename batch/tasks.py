@@ -246,10 +246,8 @@ class ChainTask(ViewTask):
         """Refuse a view whose source cannot be read, if it must be."""
         plan = _planned(self.find, self.view)
         problem = plan.problems.get(self.view)
-        if problem is None or problem.is_drift or not plan.is_single:
-            return
-        if any(_needs_source(day) for day in self.days()):
-            raise ConfigError(problem.message)
+        if plan.is_single and problem is not None and any(_needs_source(day) for day in self.days()):
+            raise ConfigError(problem)
 
     def moment(self) -> dict[str, Any]:
         """The day, and the run for which it is done."""
@@ -305,8 +303,7 @@ class Ingest(DayTask):
     def retry_count(self) -> int | None:
         """What the look-up found wrong with the source is wrong for good; else as `luigi.cfg` says."""
         plan = _plans.get(self.find)
-        problem = plan.problems.get(self.view) if plan is not None else None
-        return None if problem is None or (problem.is_drift and self.accept_schema) else 1
+        return 1 if plan is not None and plan.problems.get(self.view) is not None else None
 
     def receipt(self) -> Path:
         """`raw.json`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -12,7 +11,6 @@ from typing import Any
 
 import luigi
 import pytest
-import requests
 from luigi.execution_summary import LuigiStatusCode
 
 from batch import Ingest, OfflineStore, folder
@@ -25,7 +23,7 @@ from headrace.errors import SchemaError, TransientError
 from headrace.repository import contracts, open_store
 from tests.batch.conftest import forget
 from tests.batch.place import D, Place, build, good_rides, zone_rows
-from tests.servers import free_port
+from tests.servers.luigi import Luigid
 
 NEXT = D + timedelta(days=1)
 FLAG = "--Ingest-accept-schema"
@@ -199,27 +197,23 @@ def test_the_word_reaches_the_task_from_every_command(
     assert (place.folder("rides", NEXT) / "offline.json").exists()
 
 
+class _Luigid(Luigid):
+    """One that opens failed tasks again at once."""
+
+    def __init__(self, config: Path) -> None:
+        super().__init__()
+        self._config = config
+        config.write_text(config.read_text("utf-8").replace("retry_delay=60", "retry_delay=1"), encoding="utf-8")
+
+    def environment(self) -> dict[str, str]:
+        return {"LUIGI_CONFIG_PATH": str(self._config)}
+
+
 @pytest.fixture
 def luigid(place: Place) -> Iterator[int]:
-    """A scheduler with the place's luigi.cfg, but that it opens failed tasks again at once; its port."""
-    config = place.root / "luigi.cfg"
-    config.write_text(config.read_text("utf-8").replace("retry_delay=60", "retry_delay=1"), encoding="utf-8")
-    port = free_port()
-    program = Path(place.command()[0]).with_name("luigid")
-    command = [str(program), "--address", "127.0.0.1", "--port", str(port)]
-    with subprocess.Popen(
-        command, cwd=place.root, env=place.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        try:
-            for _ in range(200):
-                try:
-                    requests.head(f"http://127.0.0.1:{port}/", timeout=5)
-                    break
-                except requests.ConnectionError:
-                    threading.Event().wait(0.1)
-            yield port
-        finally:
-            process.terminate()
+    """The port of a scheduler."""
+    with _Luigid(place.root / "luigi.cfg") as server:
+        yield server.port
 
 
 @pytest.fixture
