@@ -37,7 +37,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-LOCK_OPTIONS := --extra adbc --extra postgres --universal --python-version 3.11 --generate-hashes --no-header \
+LOCK_OPTIONS := --extra postgres --universal --python-version 3.11 --generate-hashes --no-header \
     --no-emit-index-url --annotation-style line --quiet
 
 lock: ## resolve both locks anew from pyproject.toml, after a change there (needs uv)

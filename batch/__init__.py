@@ -3,7 +3,7 @@
     luigi --module batch Materialize --date 2026-01-31 [--view driver_stats]
 
 `Ingest` → `Clean` → `ExploreAndValidate` → `OfflineStore` → `Materialize`. Each takes `--view` (default:
-every view with a source table) and `--date` (default: yesterday, UTC). `Backfill` does them for many days:
+every view with a source) and `--date` (default: yesterday, UTC). `Backfill` does them for many days:
 
     luigi --module batch Backfill --start 2026-01-01 --stop 2026-02-01 --workers 4
 

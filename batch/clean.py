@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batch.source import ODD
+from batch.sources.odd import ODD
 from headrace.conform import Reject, conform
 from headrace.contract import Transform, ViewContract
 

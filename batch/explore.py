@@ -105,7 +105,7 @@ def explore(
         view=contract.name,
         project=contract.project,
         day=day,
-        window=f"{raw['window']} ({raw['window_column']})",
+        window=f"{raw['window']} ({raw['window_column']})" if raw["window_column"] else raw["window"],
         table=raw["table"],
         read=read,
         made=datetime.now(UTC),

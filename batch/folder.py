@@ -18,6 +18,7 @@
                           repair=<T>/repair.json                 or repair-backwards=<T>/
                           retain=<T>/retain.json                 or retain-dry-run=<T>/
     <batch_folder>/<view>/withdrawn/                     what Materialize is still to take back (`batch.withdrawals`)
+    <batch_folder>/<view>/source.json                    the columns of the source as Ingest took them last
     <batch_folder>/<view>/backfill=<A>..<B>/             Backfill: materialize.json, or plan.json, forced.json
     <batch_folder>/<view>/profiles/<d>.json              what the day's features look like, for the days after it
     <batch_folder>/history/, history.html                what ran (`batch.ledger`, `batch.history`)
@@ -54,6 +55,11 @@ class ViewFolder:
     def path(self) -> Path:
         """The view's own folder."""
         return self.root / quote(self.view, safe="")
+
+    @property
+    def source(self) -> Path:
+        """The columns of the source as they were taken last."""
+        return self.path / "source.json"
 
     def materialized(self, run: date) -> Path:
         """The receipt of `Materialize` for a run."""

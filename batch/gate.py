@@ -67,8 +67,8 @@ def checks(
     contract: ViewContract,
     settings: BatchSettings,
     counts: Mapping[str, Any],
-    lost_rows: int,
-    window_column: str,
+    lost_rows: int | None,
+    window_column: str | None,
     columns: Sequence[Column],
     fresh: Freshness,
     rules: Sequence[RuleResult],
@@ -76,11 +76,12 @@ def checks(
     """Every check of a day: those of its counts, those of the view's tags, and the rules whose severity is a warning.
 
     Args:
-        lost_rows: rows of the table without a time in the window's column, which no day reads.
+        lost_rows: rows of the source without a time in the window's column, which no day reads; None if not known.
     """
     yield from _count_checks(settings, counts)
-    name = f"every row of the table has a time in {window_column}"
-    yield Check("dated", None, name, Severity.WARNING, lost_rows == 0, f"{lost_rows:,} have none", "0")
+    if lost_rows is not None:
+        name = f"every row of the table has a time in {window_column}"
+        yield Check("dated", None, name, Severity.WARNING, lost_rows == 0, f"{lost_rows:,} have none", "0")
     yield from _day_checks(contract, counts["kept"], fresh)
     for column in columns:
         yield from _column_checks(contract.rule(column.name), column)

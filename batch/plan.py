@@ -75,32 +75,28 @@ def look_up(settings: BatchSettings, view: str, find: Find) -> Plan:
 
 
 def find_all_views(settings: BatchSettings, names: Collection[str]) -> dict[str, str | None]:
-    """The views, whether or not they have a source table; nothing is wrong with any. Opens the registry."""
+    """The views, whether or not they have a source; nothing is wrong with any. Opens the registry."""
     from headrace.repository import contracts, open_store  # noqa: PLC0415 - imports Feast, in the child only
 
     return {contract.name: None for contract in contracts(open_store(settings.feature_repo), names)}
 
 
 def find_views(settings: BatchSettings, names: Collection[str]) -> dict[str, str | None]:
-    """The views with a source table and what is wrong with their sources. Opens the registry and the database.
+    """The views with a source and what is wrong with it. Opens the registry, and the database or the files.
 
     Raises:
-        ConfigError: a view that was named has no source table, or none has.
+        ConfigError: a view that was named has no source, or none has.
     """
-    from batch.source import open_source  # noqa: PLC0415 - imports Feast, in the child only
+    from batch.source import no_source, open_source  # noqa: PLC0415 - imports Feast, in the child only
     from headrace.repository import contracts, open_store  # noqa: PLC0415
 
     found = contracts(open_store(settings.feature_repo), names)
-    without = [contract.name for contract in found if contract.source_table is None]
+    without = [contract.name for contract in found if not contract.has_source]
     if without and (names or len(without) == len(found)):
-        msg = (
-            f"feature view {', '.join(f'`{name}`' for name in without)} has no source table; "
-            'name it in the view\'s tags, as in tags={"source_table": "<table>"}, and apply'
-        )
-        raise ConfigError(msg)
+        raise no_source(*without)
     problems: dict[str, str | None] = {}
     for contract in found:
-        if contract.source_table is None:
+        if not contract.has_source:
             continue
         try:
             open_source(settings, contract)

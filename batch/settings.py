@@ -17,8 +17,8 @@ class BatchSettings(Settings):
     """What the tasks need to know. None of it is a task parameter, so none of it reaches the scheduler.
 
     Attributes:
-        source_url: the database, as a SQLAlchemy URL: `sqlite:///data/source.db` (relative to the working
-            directory).
+        source_url: the database of the views with a source table, as a SQLAlchemy URL: `sqlite:///data/source.db`
+            (relative to the working directory).
         batch_folder: raw and clean data, rejects, reports and receipts; relative to the feature repository,
             like every
             path of it, so that a copy of the repository has a chain of its own.

@@ -25,6 +25,7 @@ from batch.publish import publish
 from batch.report import write_report
 from batch.settings import settings
 from batch.source import open_source
+from batch.sources import drift
 from batch.withdrawals import apply_withdrawals
 from headrace.audit import Audit, audit
 from headrace.chains import content_hash
@@ -49,15 +50,23 @@ class Watcher(Protocol):
         """How much of how much; None where the whole is not known."""
 
 
-def ingest(view: str, day: date, folder: DayFolder, watcher: Watcher) -> dict[str, Any]:
-    """Read a day of the view's table to `raw.parquet`.
+def ingest(
+    view: str, day: date, of_view: ViewFolder, folder: DayFolder, watcher: Watcher, *, accept_schema: bool
+) -> dict[str, Any]:
+    """Read a day of the view's source to `raw.parquet`.
+
+    Args:
+        accept_schema: whether to take the source as it is where it is not what it was at the last run.
 
     Raises:
-        ConfigError, SchemaError, TransientError: as `open_source` and `Source.read`.
+        ConfigError, SchemaError, TransientError: as `open_source`, `Source.read` and `batch.sources.drift`.
     """
     _, contract = _open(view)
-    source = open_source(settings(), contract)
-    watcher.say(f"reading table {source.table}")
+    source = open_source(settings(), contract, day)
+    before = drift.taken(of_view, source)
+    if not accept_schema:
+        drift.check(before, source, contract)
+    watcher.say(f"reading {source.name}")
     read_us = time.time_ns() // 1000
     rows = 0
     with staged(folder.raw) as path:
@@ -69,17 +78,19 @@ def ingest(view: str, day: date, folder: DayFolder, watcher: Watcher) -> dict[st
         digest = _hash(path)
     if source.ignored:
         names = ", ".join(source.ignored)
-        logger.info("table `%s`: columns that view `%s` does not know: %s", source.table, view, names)
+        logger.info("`%s`: columns that view `%s` does not know: %s", source.name, view, names)
     lost = source.rows_of_no_day()
-    watcher.say(f"{rows:,} rows of table {source.table}", 100)
+    drift.take(of_view, source, before)
+    watcher.say(f"{rows:,} rows of {source.name}", 100)
     return {
-        "table": source.table,
-        "window": settings().window,
+        "table": source.name,
+        "window": "drop" if source.window_column is None else settings().window,
         "window_column": source.window_column,
         "rows": rows,
         "read_us": read_us,
         "rows_of_no_day": lost,
         "ignored_columns": list(source.ignored),
+        **source.describe(),
         "hash": digest,
     }
 

@@ -226,7 +226,7 @@ class ViewTask(luigi.Task):
 class ChainTask(ViewTask):
     """A task of the chain, which is run for a date."""
 
-    view = luigi.Parameter(default="", description="the feature view; default: every view with a source table")
+    view = luigi.Parameter(default="", description="the feature view; default: every view with a source")
     date = DayParameter(default=today() - timedelta(days=1), description="the day; default: yesterday, UTC")
     find = staticmethod(find_views)
 
@@ -290,7 +290,14 @@ class DayTask(ChainTask):
 
 
 class Ingest(DayTask):
-    """Read a day from the source database to raw Parquet."""
+    """Read a day from the source to raw Parquet.
+
+    From the command line of any task of the chain: `--Ingest-accept-schema`.
+    """
+
+    accept_schema = luigi.BoolParameter(
+        default=False, significant=False, description="take the source's columns as they are, if they changed"
+    )
 
     @property
     def retry_count(self) -> int | None:
@@ -303,10 +310,11 @@ class Ingest(DayTask):
         return self.folder.raw_receipt
 
     def work(self) -> dict[str, Any]:
-        """Read the table's rows of the day, in chunks."""
+        """Read the source's rows of the day, in chunks."""
         from batch import steps  # noqa: PLC0415 - as the module's docstring says
 
-        return steps.ingest(self.view, self.date, self.folder, self)
+        accept: bool = self.accept_schema
+        return steps.ingest(self.view, self.date, self.view_folder, self.folder, self, accept_schema=accept)
 
 
 class Clean(DayTask):

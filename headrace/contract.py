@@ -84,6 +84,7 @@ class ViewContract:
         topic, bootstrap_servers, message_format, message_schema: of the view's `KafkaSource`; None without one.
             The format is lower-case: `json`, `avro`, `proto`.
         source_table: the view's tag of that name, the table that the batch chain reads; None without one.
+        source_files: the view's tag of that name, the files that it reads instead; None without one.
         transform: the view's tag of that name, `module:function`; None without one.
         retain_days: the view's tag of that name, how many days of history retention keeps; None without one: all.
     """
@@ -105,6 +106,7 @@ class ViewContract:
     message_format: str | None
     message_schema: str | None
     source_table: str | None
+    source_files: str | None
     transform: str | None
     retain_days: int | None
 
@@ -166,9 +168,15 @@ class ViewContract:
             message_format=_format_name(message_format),
             message_schema=getattr(message_format, "schema_json", None) or None,
             source_table=view.tags.get("source_table") or None,
+            source_files=_source_files(view),
             transform=view.tags.get("transform") or None,
             retain_days=_retain_days(view),
         )
+
+    @property
+    def has_source(self) -> bool:
+        """Whether the batch chain has anything to read for it."""
+        return self.source_table is not None or self.source_files is not None
 
     def view_name(self, column: str) -> str:
         """What Feast calls a column."""
@@ -291,6 +299,17 @@ def _fits_struct(dtype: FeastType) -> bool:
     if isinstance(dtype, Array):
         return not isinstance(dtype.base_type, Array | Set) and dtype.base_type != Map
     return not isinstance(dtype, Set) and dtype != Map
+
+
+def _source_files(view: FeatureView) -> str | None:
+    files = view.tags.get("source_files") or None
+    if files is not None and view.tags.get("source_table"):
+        msg = (
+            f"feature view `{view.name}` has the tags source_table={view.tags['source_table']!r} and "
+            f"source_files={files!r}; its rows come from one of them: remove the other"
+        )
+        raise ConfigError(msg)
+    return files
 
 
 def _retain_days(view: FeatureView) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,11 +13,31 @@ from luigi.task_register import Register
 from batch import plan, tasks
 from batch.settings import BatchSettings, settings
 from tests.batch.place import Place, apply_template, place_in
+from tests.servers import Postgres, UnavailableError
 
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return apply_template(tmp_path_factory.mktemp("template") / "place")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """A real PostgreSQL, shared by the session."""
+    try:
+        with Postgres() as server:
+            yield server
+    except UnavailableError as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture
+def postgres(postgres_server: Postgres) -> str:
+    """The SQLAlchemy URL of a new database there, with a query."""
+    name = f"test_{uuid.uuid4().hex}"
+    with postgres_server.connect() as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    return f"{postgres_server.url.removesuffix('/postgres')}/{name}?application_name=headrace"
 
 
 @pytest.fixture

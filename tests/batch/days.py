@@ -17,7 +17,7 @@ from batch.explore import Findings, explore
 from batch.folder import DayFolder, ViewFolder, staged, write_json
 from batch.report import write_report
 from batch.settings import BatchSettings
-from batch.source import ODD
+from batch.sources.odd import ODD
 from headrace.chains import content_hash, replace_day
 from headrace.contract import ViewContract
 from tests.headrace.views import config, view

@@ -367,7 +367,7 @@ def test_a_day_by_event_time(here: Place, configure: Callable[..., None]) -> Non
     ("settings", "view", "message"),
     [
         ({}, "nope", r"unknown feature view `nope`; the registry has: notes, rides, zones"),
-        ({}, "notes", r"`notes` has no source table; name it"),
+        ({}, "notes", r"`notes` has no source; name its table or its files"),
         ({"feature_repo": "/nowhere"}, "rides", r"HEADRACE_FEATURE_REPO"),
         (
             {"source_url": "sqlite:///nowhere.db"},
@@ -403,7 +403,7 @@ def test_a_table_without_a_column_names_both_sides(here: Place) -> None:
     here.execute("ALTER TABLE rides DROP COLUMN grade")
     with pytest.raises(
         ConfigError,
-        match=r"the view wants rider, .*grade.*; the table has .*; it lacks grade; nothing was read",
+        match=r"the view wants rider, .*grade.*; it has .*; it lacks grade; nothing was read",
     ):
         Materialize(view="rides", date=D).complete()
     assert not (here.root / "data" / "batch").exists()

@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from batch.clean import REJECTS, Counts, clean, deduplicate
-from batch.source import ODD
+from batch.sources.odd import ODD
 from headrace.contract import ViewContract
 from headrace.repository import contracts, open_store
 from tests.batch.place import Place
