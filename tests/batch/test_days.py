@@ -10,7 +10,7 @@ from pathlib import Path
 
 import feast
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from luigi.execution_summary import LuigiStatusCode
 
@@ -54,6 +54,14 @@ changes = st.lists(
     max_size=7,
 )
 days = st.lists(st.tuples(changes, st.booleans()), min_size=DAYS, max_size=DAYS)
+EVERY_FAULT: list[Change] = [("dirty", n, 5 + n % 18, n % 4, fault) for n, fault in enumerate(FAULTS)]
+NIGHTS: list[Change] = [("new", hour, hour, 2, "far") for hour in (0, 1, 2, 3, 22, 23)]
+CORRECTED: list[Change] = [
+    *(("late", which, 3, 1, "far") for which in range(3)),
+    *(("correct", which, 7, 0, "far") for which in range(6)),
+    *(("withdraw", which, 0, 0, "far") for which in range(6)),
+    *(("again", which, 0, 0, "far") for which in range(3)),
+]
 homes = count()
 
 
@@ -75,6 +83,8 @@ def postgres() -> Iterator[Postgres]:
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+@example(start=STARTS[2], schedule=[(EVERY_FAULT[number::DAYS], True) for number in range(DAYS)])
+@example(start=STARTS[0], schedule=[(NIGHTS, True), (NIGHTS, False), (NIGHTS, True), (CORRECTED, True)])
 @given(start=st.sampled_from(STARTS), schedule=days)
 def test_whatever_becomes_of_the_rows_both_stores_hold_what_they_should(
     database: str,
