@@ -50,9 +50,7 @@ class Watcher(Protocol):
         """How much of how much; None where the whole is not known."""
 
 
-def ingest(
-    view: str, day: date, of_view: ViewFolder, folder: DayFolder, watcher: Watcher, *, accept_schema: bool
-) -> dict[str, Any]:
+def ingest(view: str, day: date, folder: DayFolder, watcher: Watcher, *, accept_schema: bool = False) -> dict[str, Any]:
     """Read a day of the view's source to `raw.parquet`.
 
     Args:
@@ -63,6 +61,7 @@ def ingest(
     """
     _, contract = _open(view)
     source = open_source(settings(), contract, day)
+    of_view = ViewFolder(settings().folder, view)
     before = drift.taken(of_view, source)
     if not accept_schema:
         drift.check(before, source, contract)

@@ -314,7 +314,7 @@ class Ingest(DayTask):
         from batch import steps  # noqa: PLC0415 - as the module's docstring says
 
         accept: bool = self.accept_schema
-        return steps.ingest(self.view, self.date, self.view_folder, self.folder, self, accept_schema=accept)
+        return steps.ingest(self.view, self.date, self.folder, self, accept_schema=accept)
 
 
 class Clean(DayTask):
