@@ -34,7 +34,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -42,6 +42,8 @@ from typing import Any
 from urllib.parse import quote
 
 _LOCK_POLL_S = 0.2
+_LONGEST_WRITE_S = 86_400
+"""In folders that many write to at once, what is older was left by a killed process."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def staged(path: Path) -> Iterator[Path]:
     """
     staging = path.parent / ".staging"
     staging.mkdir(parents=True, exist_ok=True)
+    clear_staging(path.parent, _LONGEST_WRITE_S)
     temporary = staging / f"{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         yield temporary
@@ -185,10 +188,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def clear_staging(folder: Path) -> None:
-    """Remove what a killed process left in a folder's staging. Call it with the folder's lock held."""
+def clear_staging(folder: Path, older_than_s: float = 0) -> None:
+    """Remove what killed processes left in a folder's staging.
+
+    Call it with the folder's lock held, or with an age that no file reaches before it is whole.
+    """
     for leftover in (folder / ".staging").glob("*"):
-        leftover.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime >= older_than_s:
+                leftover.unlink()
 
 
 @contextmanager

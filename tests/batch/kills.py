@@ -46,19 +46,15 @@ RANGE = ("Backfill", "--start", str(D), "--stop", str(NEXT + timedelta(days=1)))
 FIRST = {"Ingest", "BackfillDay", "Compact", "Audit", "Repair", "Retain"}
 """Of each command the task that comes first."""
 
-HOW: tuple[str, ...] = (
-    "keys",
-    "keys_written",
-    "days",
-    "already",
-    "moved",
-    "mended",
-    "before",
-    "chains",
-    "keys_materialized",
-)
-HOW += ("duration_s", "finished", "made", "ends_taken", "audit_s", "seconds", "temporary_deleted")
-"""What receipts and reports say of how it went: how much was left to do, and how long it took."""
+HOW = [
+    *("keys", "keys_written", "days", "already", "moved", "mended", "before", "chains", "keys_materialized"),
+    *("duration_s", "finished", "made", "ends_taken", "audit_s", "seconds", "temporary_deleted"),
+    *("changed", "report"),
+]
+"""What receipts and reports say of how it went: how much was left to do, where, and how long it took."""
+
+SHARED = ("profiles/.staging/", "withdrawn/.staging/")
+"""Where many write at once: what a kill leaves there goes when it is a day old."""
 
 CHANGING = {"os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink"}
 
@@ -267,6 +263,8 @@ def _state(place: Place, view: str) -> dict[str, Any]:
     for path in sorted(work.rglob("*")):
         name = str(path.relative_to(work))
         if not path.is_file() or ".locks" in name or path.name == "forced.json":
+            continue
+        if name.startswith(SHARED):
             continue
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -75,6 +77,16 @@ def test_what_a_killed_task_left_in_staging_is_cleared(here: Place) -> None:
     leftover.write_text("half", encoding="utf-8")
     assert build(Ingest(view="rides", date=D)) == LuigiStatusCode.SUCCESS
     assert not leftover.exists()
+
+
+def test_where_many_write_only_what_is_old_is_cleared(tmp_path: Path) -> None:
+    staging = tmp_path / ".staging"
+    staging.mkdir()
+    for name, age_s in (("old", 90_000), ("new", 60)):
+        (staging / name).touch()
+        os.utime(staging / name, (time.time() - age_s,) * 2)
+    folder.write_text(tmp_path / "a", "b")
+    assert [path.name for path in staging.iterdir()] == ["new"]
 
 
 def test_the_requirements_are_the_chain(here: Place) -> None:
