@@ -22,18 +22,20 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import redis
+
+from batch.ledger import Ledger
 from benchmarks.measure import (
     MILLION,
     ROOT,
     Answer,
     MeasureError,
     Worker,
-    machine,
+    measured,
     redis_program,
     seconds,
     short,
@@ -41,6 +43,7 @@ from benchmarks.measure import (
     words_of,
     write_between,
 )
+from headrace.segments import DayName, parse_name
 from tests.servers import Postgres, Valkey, environment, feast_apply
 
 VIEW = TABLE = "trips"
@@ -163,8 +166,6 @@ class Bench:
 
     def empty_online(self) -> None:
         """Forget every value online."""
-        import redis  # noqa: PLC0415 - a client of this call alone
-
         with redis.Redis.from_url(f"redis://{self.valkey.address}") as client:
             client.flushall()
 
@@ -374,9 +375,8 @@ def _published(place: Path) -> int:
 
 def _every_day_once(place: Path, days: int) -> None:
     """Each day was published by one run, in one snapshot, and the history knows one such run of it."""
-    from batch.ledger import Ledger  # noqa: PLC0415 - read after the fact
-
-    files = Counter(path.name.split("-", 4)[1:4].__str__() for path in place.glob("data/offline/trips/batch-*.parquet"))
+    names = [parse_name(path.name) for path in place.glob("data/offline/trips/batch-*.parquet")]
+    files = Counter(name.day for name in names if isinstance(name, DayName))
     runs = Ledger(place / "data" / "batch" / "history").runs(2, datetime.now(UTC))
     done = Counter(run.parameters["date"] for run in runs if run.task == "OfflineStore" and run.outcome == "done")
     published = _published(place)
@@ -434,13 +434,8 @@ ROWS: dict[str, Callable[[Bench], list[Row]]] = {
 
 def report(rows: list[Row], arguments: argparse.Namespace, took_s: float, server: str) -> str:
     """The table, the machine and the versions, as Markdown."""
-    scale = "" if arguments.scale == 1 else f" at scale {arguments.scale:g}, which the bounds are not meant for"
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     shown = table(HEADS, [row.cells() for row in rows])
-    return (
-        f"{shown}\n\nMeasured on {datetime.now(UTC):%Y-%m-%d} in {took_s / 60:.0f} minutes{scale}: "
-        f"{machine()}; {server}; {versions}."
-    )
+    return f"{shown}\n\n{measured(arguments.scale, took_s, server, PACKAGES)}"
 
 
 def main() -> int:

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -132,6 +134,16 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["-" * width for width in widths], *rows]
     return "\n".join(
         "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def measured(scale: float, took_s: float, servers: str, packages: Sequence[str]) -> str:
+    """When, on what machine and with which versions a table was measured."""
+    reduced = "" if scale == 1 else f" at scale {scale:g}, which the bounds are not meant for"
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return (
+        f"Measured on {datetime.now(UTC):%Y-%m-%d} in {took_s / 60:.0f} minutes{reduced}: "
+        f"{machine()}; {servers}; {versions}."
     )
 
 

@@ -18,9 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +30,7 @@ from benchmarks.measure import (
     Answer,
     MeasureError,
     Worker,
-    machine,
+    measured,
     milliseconds,
     redis_program,
     redis_version,
@@ -490,13 +488,8 @@ ROWS: dict[str, Callable[[Bench, str], list[Row]]] = {
 
 def report(rows: list[Row], arguments: argparse.Namespace, took_s: float, server: str) -> str:
     """The table, the machine and the versions, as Markdown."""
-    scale = "" if arguments.scale == 1 else f" at scale {arguments.scale:g}, which the bounds are not meant for"
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     shown = table(HEADS, [row.cells() for row in rows])
-    return (
-        f"{shown}\n\nMeasured on {datetime.now(UTC):%Y-%m-%d} in {took_s / 60:.0f} minutes{scale}: "
-        f"{machine()}; {server}; {versions}."
-    )
+    return f"{shown}\n\n{measured(arguments.scale, took_s, server, PACKAGES)}"
 
 
 def main() -> int:

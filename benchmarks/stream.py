@@ -18,9 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,6 +37,7 @@ from benchmarks.measure import (
     MeasureError,
     Worker,
     machine,
+    measured,
     milliseconds,
     redis_program,
     redis_version,
@@ -379,15 +378,12 @@ NAMES = [*BACKLOGS, *OTHERS]
 
 def report(rows: list[Row], arguments: argparse.Namespace, took_s: float, servers: str) -> str:
     """The table, the machine and the versions, as Markdown."""
-    scale = "" if arguments.scale == 1 else f" at scale {arguments.scale:g}, which the bounds are not meant for"
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     beside = ""
     if any(name in arguments.only for name in ("quix", "bare")):
         beside = f" Quix Streams and aiokafka alone have an environment of their own: {peers_versions()}."
     return (
         f"{table(HEADS, [row.cells() for row in rows])}\n\n"
-        f"Measured on {datetime.now(UTC):%Y-%m-%d} in {took_s / 60:.0f} minutes{scale}: "
-        f"{machine()}; {servers}; {versions}.{beside}"
+        f"{measured(arguments.scale, took_s, servers, PACKAGES)}{beside}"
     )
 
 
