@@ -34,7 +34,7 @@ def publish(
     if present is not None and changed and present.was_read_after(read_us):
         return {"superseded_by": _others_read(present)}
     if changed and present is not None:
-        note_withdrawn(present.path, folder, view)
+        note_withdrawn(contract, present.path, folder, view)
     if changed:
         footer = {"transform": clean["transform"], "inputs": clean["inputs"]}
         present = replace_day(contract, day, table, read_us=read_us, footer=footer)

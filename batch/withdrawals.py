@@ -32,10 +32,11 @@ logger = logging.getLogger("luigi-interface")
 _ROWS_AT_ONCE = 100_000
 
 
-def note_withdrawn(former: Path, day: DayFolder, view: ViewFolder) -> None:
+def note_withdrawn(contract: ViewContract, former: Path, day: DayFolder, view: ViewFolder) -> None:
     """Write the rows of a snapshot that `kept.parquet` lacks, if any, and the note. Equal rows count one by one.
 
-    Call it before the snapshot is replaced, under the day's lock. Atomic, idempotent.
+    They are in the order of event time and key, as in the snapshot. Call it before the snapshot is replaced, under the
+    day's lock. Atomic, idempotent.
     """
     connection = duckdb.connect()
     try:
@@ -50,6 +51,7 @@ def note_withdrawn(former: Path, day: DayFolder, view: ViewFolder) -> None:
     if not gone.num_rows:
         note.unlink(missing_ok=True)  # of a try that was going to replace the snapshot by other rows
         return
+    gone = gone.sort_by([(name, "ascending") for name in (contract.timestamp_field, *contract.join_keys)])
     with staged(day.withdrawn) as path:
         pq.write_table(gone.cast(pq.read_schema(day.kept)), path, compression="zstd")
     with staged(note) as path:

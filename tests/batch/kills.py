@@ -49,12 +49,13 @@ FIRST = {"Ingest", "BackfillDay", "Compact", "Audit", "Repair", "Retain"}
 HOW = [
     *("keys", "keys_written", "days", "already", "moved", "mended", "before", "chains", "keys_materialized"),
     *("duration_s", "finished", "made", "ends_taken", "audit_s", "seconds", "temporary_deleted"),
-    *("changed", "report"),
+    *("changed", "report", "checks", "columns"),
 ]
-"""What receipts and reports say of how it went: how much was left to do, where, and how long it took."""
+"""What receipts and reports say of how it went: how much was left to do, where, how long it took, and how the day
+compares with those before: a report may be made before or after another day of its run is published anew."""
 
-SHARED = ("profiles/.staging/", "withdrawn/.staging/")
-"""Where many write at once: what a kill leaves there goes when it is a day old."""
+SHARED = ("profiles/", "withdrawn/.staging/")
+"""Caches; and where many write at once: what a kill leaves there goes when it is a day old."""
 
 CHANGING = {"os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink"}
 
