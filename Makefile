@@ -70,7 +70,7 @@ chaos: setup ## everything goes wrong at once, 100 kill -9 and more, and one by 
 campaign-stores: setup ## property tests and crash mixes of the stores, 2,000 examples each; audits of a million keys (an hour)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_EXAMPLES=2000 HEADRACE_TEST_KEYS=1000000 $(PYTHON) -m pytest --timeout 7200 tests/headrace $(ARGS)
 
-campaign-batch: setup ## kill -9 at every step of every batch task, in three ways, and 100 histories of dirty days a database (two hours)
+campaign-batch: setup ## kill -9 at every step of every batch task, in three ways, and 100 histories of dirty days a database (several hours)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_KILL_EVERY=1 HEADRACE_TEST_EXAMPLES=100 \
 	    $(PYTHON) -m pytest --timeout 14400 tests/batch/test_kills.py tests/batch/test_days.py $(ARGS)
 

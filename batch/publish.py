@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 
 from batch.folder import DayFolder, ViewFolder
 from batch.withdrawals import note_withdrawn
-from headrace.chains import DayFile, day_files, replace_day
+from headrace.chains import DayFile, Folder, day_files, replace_day
 from headrace.contract import ViewContract
+from headrace.days import remove_superseded
 
 
 def publish(
@@ -40,6 +41,8 @@ def publish(
         present = replace_day(contract, day, table, read_us=read_us, footer=footer)
         if present.content_hash != content:
             return {"superseded_by": _others_read(present)}
+    elif present is not None:
+        remove_superseded(Folder.of(contract), day)  # of a publication that was killed before it did
     times = pc.min_max(table.column(contract.timestamp_field)).as_py()
     return {
         "rows": table.num_rows,

@@ -49,7 +49,7 @@ FIRST = {"Ingest", "BackfillDay", "Compact", "Audit", "Repair", "Retain"}
 HOW = [
     *("keys", "keys_written", "days", "already", "moved", "mended", "before", "chains", "keys_materialized"),
     *("duration_s", "finished", "made", "ends_taken", "audit_s", "seconds", "temporary_deleted"),
-    *("changed", "report", "checks", "columns"),
+    *("changed", "report", "checks", "columns", "keys_taken_back", "files", "bytes"),
 ]
 """What receipts and reports say of how it went: how much was left to do, where, how long it took, and how the day
 compares with those before: a report may be made before or after another day of its run is published anew."""
@@ -269,7 +269,7 @@ def _state(place: Place, view: str) -> dict[str, Any]:
             continue
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
-            for changing in HOW:
+            for changing in [*HOW, *(["rows"] if path.name == "retain.json" else [])]:
                 content.pop(changing, None)
             state[name] = json.dumps(content).replace(str(place.root), "")
         else:

@@ -234,6 +234,22 @@ def test_an_older_read_never_replaces_a_newer_one(here: Place) -> None:
     assert here.receipt("rides", D, "offline.json")["superseded_by"] == str(run)
 
 
+def test_a_snapshot_that_outlived_a_kill_goes_with_the_repeat(here: Place) -> None:
+    """It had published the newer one: whoever reads the folder as it is would see the day twice."""
+    here.insert("rides", good_rides(D))
+    assert build(OfflineStore(view="rides", date=D)) == LuigiStatusCode.SUCCESS
+    (former,) = here.day_files("rides")
+    content = former.read_bytes()
+    here.insert("rides", [{**GOOD, "rider": "late"}])
+    task = OfflineStore(view="rides", date=D, run_date=D + timedelta(days=1))
+    assert build(task) == LuigiStatusCode.SUCCESS
+    former.write_bytes(content)
+    Path(task.output()[0].path).unlink()
+    assert build(task) == LuigiStatusCode.SUCCESS
+    assert len(here.day_files("rides")) == 1
+    assert here.offline("rides").num_rows == 21
+
+
 def test_rows_are_taken_back_online_by_a_later_run_if_not_by_their_own(here: Place) -> None:
     here.insert("rides", good_rides(D))
     assert build(Materialize(view="rides", date=D)) == LuigiStatusCode.SUCCESS
