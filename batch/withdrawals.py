@@ -26,6 +26,8 @@ from headrace.chains import day_files
 from headrace.contract import ViewContract
 from headrace.online import NewestWinsStore, online_store
 from headrace.repair import withdraw
+from headrace.scan import quoted
+from headrace.segments import DayName, parse_name
 
 logger = logging.getLogger("luigi-interface")
 
@@ -35,14 +37,17 @@ _ROWS_AT_ONCE = 100_000
 def note_withdrawn(contract: ViewContract, former: Path, day: DayFolder, view: ViewFolder) -> None:
     """Write the rows of a snapshot that `kept.parquet` lacks, if any, and the note. Equal rows count one by one.
 
-    They are in the order of event time and key, as in the snapshot. Call it before the snapshot is replaced, under the
-    day's lock. Atomic, idempotent.
+    They are in the order of event time and key, as in the snapshot, and have the columns that both files have. Call it
+    before the snapshot is replaced, under the day's lock. Atomic, idempotent.
     """
+    there = set(pq.read_schema(former).names)
+    names = [name for name in contract.schema.names if name in there]  # fewer if the view was given a feature since
+    columns = ", ".join(map(quoted, names))
     connection = duckdb.connect()
     try:
         gone: pa.Table = connection.sql(
-            "SELECT * FROM read_parquet(?, hive_partitioning = false) "
-            "EXCEPT ALL SELECT * FROM read_parquet(?, hive_partitioning = false)",
+            f"SELECT {columns} FROM read_parquet(?, hive_partitioning = false) "  # noqa: S608 - names are quoted
+            f"EXCEPT ALL SELECT {columns} FROM read_parquet(?, hive_partitioning = false)",
             params=[str(former), str(day.kept)],
         ).to_arrow_table()
     finally:
@@ -51,9 +56,10 @@ def note_withdrawn(contract: ViewContract, former: Path, day: DayFolder, view: V
     if not gone.num_rows:
         note.unlink(missing_ok=True)  # of a try that was going to replace the snapshot by other rows
         return
-    gone = gone.sort_by([(name, "ascending") for name in (contract.timestamp_field, *contract.join_keys)])
+    order = (contract.timestamp_field, *contract.join_keys)
+    gone = gone.sort_by([(name, "ascending") for name in order if name in there])
     with staged(day.withdrawn) as path:
-        pq.write_table(gone.cast(pq.read_schema(day.kept)), path, compression="zstd")
+        pq.write_table(gone.cast(pa.schema(map(contract.schema.field, names))), path, compression="zstd")
     with staged(note) as path:
         path.hardlink_to(day.withdrawn)
 
@@ -70,8 +76,8 @@ def apply_withdrawals(
     """
     if not isinstance(online_store(store), NewestWinsStore):
         return 0
-    notes = sorted(view.withdrawals.glob("*.parquet"))
-    present = {file.path.name for file in day_files(contract).values()} if notes else set()
+    notes = {path: name.day for path, name in _snapshots(view.withdrawals)}
+    present = {file.path.name for file in day_files(contract, set(notes.values())).values()} if notes else set()
     taken = 0
     for note in notes:
         if note.name in present:
@@ -79,6 +85,11 @@ def apply_withdrawals(
         taken += _take_back(store, contract, note, progress)
         note.unlink()
     return taken
+
+
+def _snapshots(folder: Path) -> list[tuple[Path, DayName]]:
+    found = [(path, parse_name(path.name)) for path in sorted(folder.glob("*.parquet"))]
+    return [(path, name) for path, name in found if isinstance(name, DayName)]
 
 
 def _take_back(store: FeatureStore, contract: ViewContract, path: Path, progress: Callable[[int, int], None]) -> int:

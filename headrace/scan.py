@@ -195,8 +195,8 @@ def moments(
 def all_rows(files: Sequence[Path], columns: Sequence[str], timestamp_field: str, window: Window) -> pa.Table:
     """Every row of any Parquet files within a window, in their own types; the columns wanted, or all."""
     listed = ", ".join(_text(str(path)) for path in files)
-    time = _quoted(timestamp_field)
-    wanted = ", ".join(_quoted(name) for name in columns) or "*"
+    time = quoted(timestamp_field)
+    wanted = ", ".join(quoted(name) for name in columns) or "*"
     with connection() as con:
         return con.sql(
             f"SELECT {wanted} FROM (SELECT * REPLACE (CAST({time} AS TIMESTAMPTZ) AS {time}) "
@@ -468,7 +468,7 @@ class History:
         owns = self._contract.schema.names
         places = [self._places[number] for number in files]
         mapped = ""
-        selected = [f"{_quoted(own)} AS {name}" for own, name in zip(owns, names, strict=True)]
+        selected = [f"{quoted(own)} AS {name}" for own, name in zip(owns, names, strict=True)]
         if not all(place.is_as_is for place in places):
             columns = ", ".join(
                 f"{_text(own)}: {{name: '{name}', type: {_text(kind)}, default_value: NULL}}"
@@ -492,7 +492,7 @@ class History:
             paths = [str(path) for path in others if field.name in _float_columns(path, path.stat().st_mtime_ns)]
             if not paths:
                 continue
-            column, listed = _quoted(field.name), ", ".join(map(_text, paths))
+            column, listed = quoted(field.name), ", ".join(map(_text, paths))
             found = self._con.execute(
                 f"SELECT filename, {column} FROM read_parquet([{listed}], hive_partitioning = false) "
                 f"WHERE {column} <> trunc({column}) LIMIT 1"
@@ -620,7 +620,7 @@ def _moment(us: int) -> datetime | None:
         return None
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
     """An SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 

@@ -36,6 +36,7 @@ from batch.sources.odd import ODD, fit, one_chunk
 from batch.sources.table import LOOKED_AT, no_such_table, split_table, unreachable
 from headrace.contract import TIMESTAMP, ViewContract
 from headrace.errors import ConfigError, HeadraceError, TransientError
+from headrace.scan import quoted
 
 _LARGE = 1_000_000
 """From how many rows, in the planner's estimate, a day is read as several ranges."""
@@ -427,11 +428,6 @@ def _beyond(wrapped_us: int) -> str:
     cycles, rest_us = divmod(since_2000_us, _CYCLE_US)
     moment = datetime(2000, 1, 1, tzinfo=UTC) + timedelta(microseconds=rest_us)
     return f"{moment.year + 400 * cycles}-{moment:%m-%d %H:%M:%S.%f}"
-
-
-def quoted(name: str) -> str:
-    """A name as SQL has it."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _quoted_table(table: str) -> str:

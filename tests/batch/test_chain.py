@@ -23,6 +23,7 @@ from batch.tasks import ChainTask
 from headrace.errors import ConfigError
 from tests.batch.conftest import forget
 from tests.batch.place import GOOD, D, Place, build, good_rides, without_cache, zone_rows
+from tests.servers.repository import feast_apply
 
 STEPS: list[type[ChainTask]] = [Ingest, Clean, ExploreAndValidate, OfflineStore, Materialize]
 RECEIPTS = ["raw.json", "clean.json", "passed.json", "offline.json"]
@@ -464,3 +465,22 @@ def test_a_date_is_a_day() -> None:
 
 def _unwanted(*_: object, **__: object) -> None:
     raise AssertionError("must not run")
+
+
+def test_a_view_that_was_given_a_feature_goes_on(place: Place) -> None:
+    """A day that was published without the column is replaced, rows that it lost included."""
+    place.insert("rides", good_rides(D))
+    place.run("Materialize", "--view", "rides", "--date", str(D), "--local-scheduler")
+    definitions = place.repo / "definitions.py"
+    remark = 'Field(name="remark", dtype=String),\n        '
+    text = definitions.read_text(encoding="utf-8")
+    definitions.write_text(text.replace('Field(name="grade"', remark + 'Field(name="grade"'), encoding="utf-8")
+    feast_apply(place.repo)
+    place.execute("UPDATE rides SET remark = 'x' WHERE rider = 'rider 3'")
+    place.execute("DELETE FROM rides WHERE rider = 'rider 4'")
+    run = D + timedelta(days=1)
+    place.run("Materialize", "--view", "rides", "--date", str(run), "--local-scheduler")
+    assert {row["rider"]: row["remark"] for row in place.offline("rides").to_pylist()} == {
+        f"rider {number}": "x" if number == 3 else None for number in range(20) if number != 4
+    }
+    assert pq.read_table(place.folder("rides", D, run) / "withdrawn.parquet").column("rider").to_pylist() == ["rider 4"]
