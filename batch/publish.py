@@ -22,8 +22,7 @@ def publish(
 
     The rows that the former snapshot had and this one lacks go to `withdrawn.parquet` first, so a crash in between
     loses none: the repeat finds the snapshot published and leaves the list as it is. A day without rows that was
-    never published stays so. Idempotent; one caller a day at a time in a work folder, any
-    number in others.
+    never published stays so. Idempotent; one caller a day at a time in a work folder, any number in others.
 
     Returns:
         What the receipt shall say.

@@ -36,6 +36,7 @@ from headrace.repair import repair
 from headrace.repository import contracts, open_store
 from headrace.retain import retain
 from headrace.sample import Sample
+from headrace.segments import DICTIONARY_BYTES
 
 logger = logging.getLogger("luigi-interface")
 
@@ -112,7 +113,7 @@ def clean_day(view: str, folder: DayFolder, watcher: Watcher) -> dict[str, Any]:
         with ThreadPoolExecutor(1) as beside:
             digest = beside.submit(content_hash, table)
             # It is read soon and once or twice, so it is made in half the time rather than small.
-            pq.write_table(table, kept, compression="lz4", dictionary_pagesize_limit=131_072)
+            pq.write_table(table, kept, compression="lz4", dictionary_pagesize_limit=DICTIONARY_BYTES)
     duplicates = counts.duplicate_exact + counts.duplicate_key_time
     watcher.say(f"{counts.kept:,} kept, {counts.rejected:,} rejected, {duplicates:,} duplicates", 100)
     return {

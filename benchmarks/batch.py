@@ -30,12 +30,14 @@ import redis
 
 from batch.ledger import Ledger
 from benchmarks.measure import (
+    GIB,
     MILLION,
     ROOT,
     Answer,
     MeasureError,
     Worker,
     measured,
+    median_of,
     redis_program,
     seconds,
     short,
@@ -51,7 +53,6 @@ DAY = date(2026, 3, 10)
 YEAR_BEGINS = date(2025, 1, 1)
 DAYS, ROWS_A_DAY, KEYS = 365, 50_000, 20_000
 BULK = 10 * MILLION
-GIB = 2**30
 HEADS = ("what", "ours", "pandas", "ratio", "bound", "met", "peak memory: ours, pandas", "runs: ours, pandas")
 PACKAGES = ("feast", "luigi", "pyarrow", "pandas", "sqlalchemy", "psycopg")
 SAMPLED_S = 0.2
@@ -228,7 +229,7 @@ def clean(bench: Bench) -> list[Row]:
     found, pandas = bench.take_turns("clean", ours, lambda: bench.once("clean-pandas", raw=str(raw), folder=str(place)))
     _agree("clean", found + pandas, ("read", "rows", "rejected"))
     row = _compared(f"Clean + OfflineStore of {short(rows)} rows", found, pandas, None, None)
-    speed = rows / _median(found, "seconds")
+    speed = rows / median_of(found, "seconds")
     return [
         Row(
             row.what,
@@ -403,8 +404,8 @@ def _agree(name: str, answers: list[Answer], figures: tuple[str, ...]) -> None:
 
 
 def _compared(what: str, ours: list[Answer], pandas: list[Answer], least: float | None, most: int | None) -> Row:
-    mine, theirs = _median(ours, "seconds"), _median(pandas, "seconds")
-    peaks = [_median(answers, "peak_bytes") for answers in (ours, pandas)]
+    mine, theirs = median_of(ours, "seconds"), median_of(pandas, "seconds")
+    peaks = [median_of(answers, "peak_bytes") for answers in (ours, pandas)]
     bounds = [f"≥ {least:g}x"] if least is not None else []
     bounds += [f"< {most / GIB:g} GiB"] if most is not None else []
     met = (least is None or theirs / mine >= least) and (most is None or peaks[0] < most)
@@ -418,10 +419,6 @@ def _compared(what: str, ours: list[Answer], pandas: list[Answer], least: float 
         ", ".join(f"{peak / GIB:.2f} GiB" for peak in peaks),
         f"{len(ours)}, {len(pandas)}",
     )
-
-
-def _median(answers: list[Answer], name: str) -> float:
-    return float(median(answer[name] for answer in answers))
 
 
 ROWS: dict[str, Callable[[Bench], list[Row]]] = {

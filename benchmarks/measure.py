@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
 ROOT = Path(__file__).parents[1]
 MILLION = 1_000_000
 MEBIBYTE = 2**20
+GIB = 2**30
 
 Answer = dict[str, Any]
 """What a run reports: `seconds` and `peak_bytes` at least, see `timed`."""
@@ -126,6 +128,11 @@ def peak_bytes() -> int:
     if found is None:
         raise MeasureError("expected VmHWM in /proc/self/status; peak memory can be measured on Linux only")
     return int(found[1]) * 1024
+
+
+def median_of(answers: Sequence[Answer], name: str) -> float:
+    """The median of a figure."""
+    return float(median(answer[name] for answer in answers))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -26,11 +26,13 @@ from typing import Any
 import redis
 
 from benchmarks.measure import (
+    GIB,
     MILLION,
     Answer,
     MeasureError,
     Worker,
     measured,
+    median_of,
     milliseconds,
     redis_program,
     redis_version,
@@ -50,7 +52,6 @@ OUR_APPENDS, STOCK_APPENDS = 30, 5
 BLOCKS, CALLS_A_BLOCK = 10, 100
 NOISE = 1.05
 """`get_online_features` counts as not slower than stock up to this."""
-GIB = 2**30
 HEADS = ("what", "ours", "stock Feast", "ratio", "bound", "met", "peak memory: ours, stock", "runs: ours, stock")
 PACKAGES = ("feast", "duckdb", "pyarrow", "redis", "hiredis")
 
@@ -452,11 +453,6 @@ def many_files(bench: Bench, name: str) -> list[Row]:
         )
     shutil.rmtree(place)
     return rows
-
-
-def median_of(answers: list[Answer], name: str) -> float:
-    """The median of a figure."""
-    return float(median(answer[name] for answer in answers))
 
 
 def memory(found: dict[str, list[Answer]]) -> str:

@@ -20,7 +20,7 @@ from feast.types import Array, Decimal, FeastType, Json, Map, Set, Struct, TimeU
 
 from headrace.contract import TIMESTAMP, Transform, ViewContract
 from headrace.rules import Rule, Severity
-from headrace.values import parse_map, parse_maps
+from headrace.values import one_array, parse_map, parse_maps
 
 Rows = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -208,7 +208,7 @@ def _cast(contract: ViewContract, table: pa.Table, field: pa.Field, rule: Rule, 
             every: Mask = np.ones(table.num_rows, dtype=bool)
             faults.add(every, Reason.MISSING_FIELD, field.name, lambda _: f"field `{field.name}` is missing")
         return pa.nulls(table.num_rows, field.type)
-    column = _one_chunk(table.column(field.name))
+    column = one_array(table.column(field.name))
     is_time = field.name in (contract.timestamp_field, contract.created_field)
     dtype = UnixTimestamp if is_time else contract.dtype(field.name)
     result, bad = _converted(column, field.type, dtype)
@@ -465,13 +465,6 @@ def _is_nested(kind: pa.DataType) -> bool:
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    if isinstance(combined, pa.ChunkedArray):
-        return combined.chunk(0) if combined.num_chunks else pa.nulls(0, column.type)
-    return combined
 
 
 def _to_mask(values: pa.Array) -> Mask:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from headrace.contract import ViewContract
 from headrace.folder import DayFile, Folder
 from headrace.segments import DayName, Footer, create, remove, time_bounds
+from headrace.values import one_array
 
 
 def day_files(contract: ViewContract, wanted: Collection[date] | None = None) -> dict[date, DayFile]:
@@ -73,12 +74,11 @@ def content_hash(table: pa.Table) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for column, field in zip(table.columns, table.schema, strict=True):
         digest.update(f"{field.name}:{field.type};".encode())
-        combined = column.combine_chunks()
-        _feed(digest, combined.chunk(0) if isinstance(combined, pa.ChunkedArray) and combined.num_chunks else combined)
+        _feed(digest, one_array(column))
     return digest.hexdigest()
 
 
-def _feed(digest: Any, values: pa.Array | pa.ChunkedArray) -> None:
+def _feed(digest: Any, values: pa.Array) -> None:
     kind = values.type
     digest.update(np.packbits(np.asarray(values.is_valid().to_numpy(zero_copy_only=False), dtype=bool)).tobytes())
     if pa.types.is_timestamp(kind):

@@ -22,7 +22,7 @@ from feast.types import Bytes, FeastType, Int32, Int64, String, UnixTimestamp
 
 from headrace.contract import ViewContract
 from headrace.errors import SchemaError
-from headrace.values import BINARY, fixed, joined, rows_of, serialize, to_list, varints
+from headrace.values import BINARY, fixed, joined, one_array, rows_of, serialize, to_list, varints
 
 ORDER_BYTES = 33
 """Event time 8, created time 8, kind 1, origin or schema and hash 16; big-endian: bytes compare as the order does."""
@@ -260,7 +260,7 @@ def encode_timestamps(event_us: Sequence[int]) -> pa.Array:
 
 def _serialized(contract: ViewContract, table: pa.Table, feature: str) -> pa.Array:
     """One feature's values; null is null."""
-    column, kind = _array(table, feature), contract.schema.field(feature).type
+    column, kind = one_array(table.column(feature)), contract.schema.field(feature).type
     try:
         return serialize(contract.dtype(feature), column if column.type == kind else column.cast(kind))
     except ValueError as error:
@@ -283,7 +283,7 @@ def _key_codes(contract: ViewContract, table: pa.Table) -> Int64s | None:
     """A number for each row, equal where the keys are; None where no two are."""
     numbers = None
     if len(contract.join_keys) == 1:
-        column = _array(table, contract.join_keys[0])
+        column = one_array(table.column(contract.join_keys[0]))
         _refuse_nulls(contract, column, contract.join_keys[0])
         numbers = _key_numbers(column)
     if numbers is None:
@@ -302,23 +302,16 @@ def _times(contract: ViewContract, table: pa.Table, name: str | None) -> tuple[I
     """
     if name is None:
         return np.zeros(table.num_rows, dtype=np.int64), np.zeros(table.num_rows, dtype=bool)
-    column = _array(table, name).cast(pa.int64())
+    column = one_array(table.column(name)).cast(pa.int64())
     if name == contract.timestamp_field:
         _refuse_nulls(contract, column, name)
     has: Masks = np.asarray(column.is_valid().to_numpy(zero_copy_only=False), dtype=bool)
     return column.fill_null(0).to_numpy(zero_copy_only=False), has
 
 
-def _array(table: pa.Table, name: str) -> pa.Array:
-    combined = table.column(name).combine_chunks()
-    if isinstance(combined, pa.ChunkedArray):
-        return combined.chunk(0) if combined.num_chunks else pa.nulls(0, combined.type)
-    return combined
-
-
 def _key_piece(contract: ViewContract, table: pa.Table, name: str) -> pa.Array:
     """Type, length and bytes of one join key of each row."""
-    column = _array(table, name)
+    column = one_array(table.column(name))
     _refuse_nulls(contract, column, name)
     kind = KEY_KINDS[contract.dtype(name)]
     numbers = _key_numbers(column)

@@ -53,7 +53,7 @@ LEVELS = (0, 1, 2, 3)
 ROWS_A_GROUP = 131_072
 """Rows of a row group: enough to compress and scan well, few enough that its statistics let a reader skip it."""
 
-_DICTIONARY_BYTES = 131_072
+DICTIONARY_BYTES = 131_072
 """Where a column's dictionary is given up. A group's numbers never reach Arrow's own 1 MiB, even if all differ: then it
 is made in vain, at twice the cost of all the rest."""
 
@@ -495,7 +495,7 @@ def _write(
     with path.open("wb") as sink:
         # Without Arrow's own schema entry the footer has ours alone; the types survive, being Parquet's.
         with pq.ParquetWriter(
-            sink, rows.schema, compression="zstd", dictionary_pagesize_limit=_DICTIONARY_BYTES, store_schema=False
+            sink, rows.schema, compression="zstd", dictionary_pagesize_limit=DICTIONARY_BYTES, store_schema=False
         ) as writer:
             for chunk in chunks:
                 writer.write_table(chunk, row_group_size=ROWS_A_GROUP)

@@ -104,6 +104,14 @@ def fixed(prefix: bytes, numbers: npt.NDArray[Any]) -> pa.Array:
     return rows_of(out)
 
 
+def one_array(column: pa.ChunkedArray) -> pa.Array:
+    """A column as an array of its own, whose buffers begin with its first value."""
+    combined = column.combine_chunks()
+    if isinstance(combined, pa.ChunkedArray):
+        return combined.chunk(0) if combined.num_chunks else pa.nulls(0, column.type)
+    return combined
+
+
 def rows_of(matrix: npt.NDArray[np.uint8]) -> pa.Array:
     """The rows of a matrix of bytes."""
     return binary(matrix, np.arange(len(matrix) + 1, dtype=np.int64) * matrix.shape[1])

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.contract import TIMESTAMP
+from headrace.values import one_array
 
 ODD = "__odd__"
 """The extra column of raw Parquet: JSON text, null for a row whose values all fit their columns."""
@@ -89,13 +90,8 @@ def fit(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """A column as one array."""
-    if column.num_chunks == 1:
-        return column.chunk(0)
-    combined = column.combine_chunks()
-    if isinstance(combined, pa.ChunkedArray):
-        return combined.chunk(0) if combined.num_chunks else pa.nulls(0, column.type)
-    return combined
+    """A column as one array; copied only if it is not one."""
+    return column.chunk(0) if column.num_chunks == 1 else one_array(column)
 
 
 def _note(odd: dict[int, dict[str, str]], name: str, misfits: Misfits) -> None:
@@ -192,21 +188,21 @@ def _as_text(value: Any) -> Any:
 
 def _prepare_list(value: Any, kind: pa.DataType) -> Any:
     """A list of prepared items, from JSON where it is text. What is no list is odd: Arrow would take letters."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return _NO_LIST
+    value = _parsed(value)
     return [_prepare(item, kind) for item in value] if isinstance(value, list | tuple) else _NO_LIST
+
+
+def _parsed(value: Any) -> Any:
+    """What a text is as JSON; what is none stays text, which is neither list nor struct."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _prepare_struct(value: Any, kind: pa.DataType) -> Any:
     """A struct of prepared fields, from JSON where it is text; what it lacks is null, what is unknown is left out."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return _NO_LIST
+    value = _parsed(value)
     if not isinstance(value, dict):
         return _NO_LIST
     return {field.name: _prepare(value.get(field.name), field.type) for field in kind}
