@@ -28,6 +28,7 @@ Source of the formats: Feast 0.67 `type_map.py`, `types/Value.proto`; protobuf's
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -85,9 +86,10 @@ def canonical(value: ValueProto) -> bytes:
     """The bytes of a message that Feast made, as `serialize` has them: sets ascending, each item once, maps by key."""
     kind = value.WhichOneof("val")
     if kind is not None and kind in _SETS:
-        items = sorted(set(getattr(value, kind).val), key=lambda item: (item != item, item))  # noqa: PLR0124 - NaN is last
-        numbers = [item for item in items if item == item]  # noqa: PLR0124
-        value = ValueProto(**{kind: type(getattr(value, kind))(val=[*numbers, *items[len(numbers) :][:1]])})
+        items = set(getattr(value, kind).val)
+        numbers = sorted(item for item in items if item == item)  # noqa: PLR0124 - NaN is not equal to itself
+        nans = sorted((item for item in items if item != item), key=lambda nan: struct.pack(">d", nan))  # noqa: PLR0124
+        value = ValueProto(**{kind: type(getattr(value, kind))(val=[*numbers, *nans[:1]])})
     return value.SerializeToString(deterministic=True)
 
 
@@ -225,13 +227,21 @@ def _items(column: pa.Array) -> tuple[pa.Array, Int64s]:
 
 
 def _distinct(items: pa.Array, lengths: Int64s) -> tuple[pa.Array, Int64s]:
-    """The items of each list ascending, each once, nulls last."""
+    """The items of each list ascending, each once, nulls last. Of NaNs, which are one, that with the smallest bits."""
     ranks = pc.rank(items, tiebreaker="dense").to_numpy(zero_copy_only=False)
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    by = np.lexsort((ranks, owner))  # stable: of equal ones the first stays
+    by = np.lexsort((_nan_bits(items), ranks, owner))  # stable: of equal ones the first stays
     first = np.ones(len(by), dtype=bool)
     first[1:] = (owner[by][1:] != owner[by][:-1]) | (ranks[by][1:] != ranks[by][:-1])
     return items.take(pa.array(by[first])), np.bincount(owner[by[first]], minlength=len(lengths)).astype(np.int64)
+
+
+def _nan_bits(items: pa.Array) -> npt.NDArray[np.uint64]:
+    """The bits of NaNs; 0 for what is none."""
+    if not pa.types.is_floating(items.type):
+        return np.zeros(len(items), dtype=np.uint64)
+    numbers = items.to_numpy(zero_copy_only=False).astype(np.float64)
+    return np.where(np.isnan(numbers), numbers.view(np.uint64), np.uint64(0))
 
 
 def _grouped(items: pa.Array, offsets: Int64s) -> pa.Array:

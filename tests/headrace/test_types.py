@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -182,6 +183,18 @@ def feasts(contract: ViewContract, name: str, value: Any) -> bytes:
     table = table_of(contract, name, [value, full(TYPES[name][0])])
     first = _convert_arrow_to_proto(table, contract.feature_view, {"id": ValueType.INT64})[0]
     return canonical(first[1][name])
+
+
+@pytest.mark.parametrize("name", ["set_Float32", "set_Float64"])
+def test_of_several_nans_a_set_keeps_the_same_one_in_any_order(tmp_path: Path, name: str) -> None:
+    contract = make(tmp_path, name)
+    nans = [struct.unpack(">d", bytes.fromhex(bits))[0] for bits in ("fff8000020000000", "7ff8000040000000")]
+    encoded = []
+    for items in ([1.0, *nans, -0.0, 0.0], [*nans[::-1], 1.0, -0.0, 0.0]):
+        (value,) = encode_values(contract, table_of(contract, name, [items]), name).to_pylist()
+        assert value == feasts(contract, name, items)
+        encoded.append(value)
+    assert encoded[0] == encoded[1]
 
 
 @pytest.mark.parametrize("name", TYPES)
