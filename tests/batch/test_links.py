@@ -61,7 +61,7 @@ def test_who_clicks_in_luigis_pages_sees_the_report(
     link = "document.querySelector(\"#taskTable a[title='Track Progress']\")"
     assert browser.wait(f"{link}?.getAttribute('href')") == f"{reports.url}/{REPORT}"
     browser.click(link)
-    assert browser.wait("location.href", tab=1) == f"{reports.url}/{REPORT}"
+    assert browser.wait("location.href != 'about:blank' && location.href", tab=1) == f"{reports.url}/{REPORT}"
     assert "rides" in browser.wait("document.readyState == 'complete' && document.body.innerText", tab=1)
     assert browser.evaluate("getComputedStyle(document.body).maxWidth", tab=1) != "none"  # the page has its style
 

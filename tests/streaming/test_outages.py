@@ -18,7 +18,7 @@ from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartiti
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewPartitions
 
 from headrace.chains import Folder, footer
-from streaming.broker import Broker, Log
+from streaming.broker import Broker, BrokerError, Log
 from tests.servers import Kafka, KafkaCluster, Mode
 from tests.streaming.chaos import Load
 from tests.streaming.conftest import Network, Stream, StreamFactory, read_from
@@ -269,7 +269,16 @@ def test_the_ends_of_a_partition_that_was_added(stream: Stream, admin: AdminClie
     before = {number: broker.log(stream.topic, number).latest for number in range(4)}
     assert before == stream.ends()
     admin.create_partitions([NewPartitions(stream.topic, 5)])[stream.topic].result(10)
-    assert broker.log(stream.topic, 4) == Log(0, 0)
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            found = broker.log(stream.topic, 4)
+            break
+        except BrokerError:  # it has no leader yet; the worker asks again too
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    assert found == Log(0, 0)
     broker.close()
 
 
