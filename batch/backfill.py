@@ -217,6 +217,9 @@ class Backfill(RangeTask):
         if self.force_from:
             published = len(runs) - len(missing)
             text = f"would redo {len(runs)} days from {self.force_from} on, {published} of them published"
+            gone = sum(_is_to_be_read(found, self.force_from) for found in runs.values())
+            if gone:
+                text += f"; {gone} must be read from the source again, as their rows are no longer kept"
         else:
             text = f"would do {len(missing)} of {len(runs)} days: {', '.join(missing) or 'all are done'}"
         logger.info("Backfill of `%s`: %s", self.view, text)
@@ -243,9 +246,25 @@ def _is_published(runs: Collection[DayFolder]) -> bool:
     return any(run.offline_receipt.exists() for run in runs)
 
 
+def _is_to_be_read(runs: Collection[DayFolder], step: str) -> bool:
+    """Whether a day that was read must be read again, as the rows from which the step would start are gone."""
+    read = [run for run in runs if run.raw_receipt.exists()]
+    return bool(read) and step != "Ingest" and all(_first(run, step) == "Ingest" for run in read)
+
+
+def _first(run: DayFolder, step: str) -> str:
+    """The step from which a day can be redone: the one asked for, or an earlier one whose input is still there."""
+    if step in {"ExploreAndValidate", "OfflineStore"} and not run.kept.exists():
+        step = "Clean"
+    return "Ingest" if step == "Clean" and not run.raw.exists() else step
+
+
 def undo(runs: Collection[DayFolder], step: str) -> None:
-    """Remove the receipts of a day from a step on, the last step's first. The steps' own files stay until replaced."""
+    """Remove the receipts of a day from a step on, the last step's first. The steps' own files stay until replaced.
+
+    From an earlier step, where the rows from which the step would start are gone.
+    """
     for run in runs:
         receipts = (run.raw_receipt, run.clean_receipt, run.passed, run.offline_receipt)
-        for receipt in reversed(receipts[STEPS.index(step) :]):
+        for receipt in reversed(receipts[STEPS.index(_first(run, step)) :]):
             receipt.unlink(missing_ok=True)

@@ -32,6 +32,8 @@ class BatchSettings(Settings):
         chunk_rows: rows in memory at once while reading.
         compact_grace_s: how long a file that was merged or replaced stays for those who read it: longer than the
             longest read.
+        batch_keep_days: how long `batch_folder` keeps the rows of a day that was published, and the reports and
+            receipts of upkeep tasks; `Compact` removes what is older. Receipts and reports of days stay.
         report_url: where `batch_folder` is served, for the links in the scheduler's pages. None gives `file:` links,
             which a terminal opens and a browser refuses to follow from a page.
         batch_webhook_url: where a failure is told of, by a POST of JSON. None: nowhere.
@@ -47,6 +49,7 @@ class BatchSettings(Settings):
     max_future_s: float = Field(300, ge=0)
     chunk_rows: int = Field(65_536, ge=1)
     compact_grace_s: float = Field(3600, ge=0)
+    batch_keep_days: float = Field(14, ge=0)
     report_url: str | None = None
     batch_webhook_url: SecretStr | None = None
 

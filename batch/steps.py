@@ -21,6 +21,7 @@ from batch.audit_report import as_json, compared, write_audit
 from batch.clean import clean
 from batch.explore import Findings, explore
 from batch.folder import DayFolder, ViewFolder, read_json, staged
+from batch.prune import prune
 from batch.publish import publish
 from batch.report import write_report
 from batch.settings import settings
@@ -31,6 +32,7 @@ from headrace.audit import Audit, audit
 from headrace.chains import content_hash
 from headrace.compact import compact
 from headrace.contract import ViewContract, load_transform
+from headrace.errors import ConfigError
 from headrace.materialize import materialize_arrived
 from headrace.repair import repair
 from headrace.repository import contracts, open_store
@@ -100,6 +102,7 @@ def clean_day(view: str, folder: DayFolder, watcher: Watcher) -> dict[str, Any]:
     _, contract = _open(view)
     transform = load_transform(contract, settings().feature_repo)
     raw = read_json(folder.raw_receipt)
+    _expect_rows(folder.raw)
     with staged(folder.rejects) as rejects, staged(folder.kept) as kept:
         table, counts = clean(
             contract,
@@ -128,6 +131,7 @@ def clean_day(view: str, folder: DayFolder, watcher: Watcher) -> dict[str, Any]:
 def report(view: str, day: date, folder: DayFolder, watcher: Watcher) -> Findings:
     """Write `report.html` and `report.json`, whatever they say."""
     _, contract = _open(view)
+    _expect_rows(folder.kept)
     watcher.say("looking at the rows", 10)
     findings = explore(contract, ViewFolder(settings().folder, view), folder, settings(), day)
     write_report(findings, folder)
@@ -137,6 +141,7 @@ def report(view: str, day: date, folder: DayFolder, watcher: Watcher) -> Finding
 def publish_day(view: str, day: date, folder: DayFolder, watcher: Watcher) -> dict[str, Any]:
     """Make `kept.parquet` the day's snapshot in the offline store."""
     _, contract = _open(view)
+    _expect_rows(folder.kept)
     watcher.say("publishing", 10)
     view_folder = ViewFolder(settings().folder, view)
     published = publish(contract, day, folder, view_folder, read_json(folder.clean_receipt))
@@ -172,7 +177,7 @@ def materialize(view: str, watcher: Watcher) -> dict[str, Any]:
 
 
 def compact_view(view: str, watcher: Watcher) -> dict[str, Any]:
-    """Merge what may be merged, and remove what is covered for longer than the grace."""
+    """Merge what may be merged; remove what is covered for longer than the grace, and what the chain needs no more."""
     _, contract = _open(view)
     watcher.say("looking for files to merge")
     done = compact(
@@ -181,12 +186,20 @@ def compact_view(view: str, watcher: Watcher) -> dict[str, Any]:
         progress=lambda rows, total: watcher.say_progress(rows, total, "rows merged"),
     )
     chains = done.chains.values()
+    pruned = prune(
+        ViewFolder(settings().folder, view),
+        time.time() - settings().batch_keep_days * 86_400,
+        lambda: watcher.say("waiting for another run's work on a day"),
+    )
     before, after = sum(chain.files_before for chain in chains), sum(chain.files_after for chain in chains)
     raised = sum(chain.files_merged + chain.files_linked for chain in chains)
     removed = sum(chain.files_deleted for chain in chains) + done.days_deleted + done.temporary_deleted
     what = f"{raised:,} files merged, {removed:,} removed; {before:,} files of chains before, {after:,} after"
-    _conclude(view, watcher, what if raised or removed else "nothing to merge or to remove")
-    return asdict(done)
+    what = what if raised or removed else "nothing to merge or to remove"
+    if pruned.files or pruned.runs:
+        what += f"; {pruned.files:,} files of rows and {pruned.runs:,} runs of upkeep removed from the work folder"
+    _conclude(view, watcher, what)
+    return {**asdict(done), "pruned": asdict(pruned)}
 
 
 def audit_view(view: str, folder: Path, watcher: Watcher, *, share: float, seed: int) -> Audit:
@@ -263,6 +276,20 @@ def _conclude(view: str, watcher: Watcher, what: str) -> None:
 def _open(view: str) -> tuple[FeatureStore, ViewContract]:
     store = open_store(settings().feature_repo)
     return store, contracts(store, [view])[0]
+
+
+def _expect_rows(path: Path) -> None:
+    """Refuse to go on where the rows of the step before are gone, though its receipt is there.
+
+    Raises:
+        ConfigError: names the file, and the command that reads the day again.
+    """
+    if not path.exists():
+        msg = (
+            f"{path} is gone: rows of a published day are kept for HEADRACE_BATCH_KEEP_DAYS; "
+            "read the day again: luigi --module batch Backfill --start … --stop … --force-from Ingest"
+        )
+        raise ConfigError(msg)
 
 
 def _hash(path: Path) -> str:

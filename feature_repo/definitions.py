@@ -58,7 +58,7 @@ driver_stats = FeatureView(
     ],
     source=driver_stats_events,
     online=True,
-    tags={"source_table": "driver_stats"},
+    tags={"source_table": "driver_stats", "online_within_s": "1", "offline_within_s": "10"},
     owner="data@example.com",
 )
 

@@ -43,7 +43,7 @@ from feast.types import (
 )
 
 from headrace.errors import ConfigError
-from headrace.rules import DayRules, Rule, day_rules, field_rule
+from headrace.rules import DayRules, Objectives, Rule, day_rules, field_rule, objectives
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 """The one type of every time column: microseconds, UTC."""
@@ -80,6 +80,7 @@ class ViewContract:
         field_mapping: by column the name of a mapped field in the view.
         rules: of the join keys and features, those without a tag included.
         day_rules: what a day of the batch chain must be like.
+        objectives: how fresh the stream shall keep it.
         directory: the view's folder of segments, absolute.
         topic, bootstrap_servers, message_format, message_schema: of the view's `KafkaSource`; None without one.
             The format is lower-case: `json`, `avro`, `proto`.
@@ -100,6 +101,7 @@ class ViewContract:
     field_mapping: Mapping[str, str]
     rules: tuple[Rule, ...]
     day_rules: DayRules
+    objectives: Objectives
     directory: Path
     topic: str | None
     bootstrap_servers: str | None
@@ -162,6 +164,7 @@ class ViewContract:
                 for index, field in enumerate(fields)
             ),
             day_rules=day_rules(view),
+            objectives=objectives(view),
             directory=directory_of(source, config),
             topic=options.topic if options is not None else None,
             bootstrap_servers=options.kafka_bootstrap_servers if options is not None else None,

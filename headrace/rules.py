@@ -89,6 +89,46 @@ class DayRules:
     max_age_hours: Limit | None = None
 
 
+@dataclass(frozen=True)
+class Objectives:
+    """How fresh a view of the stream shall be, from the view's tags `online_within_s` and `offline_within_s`.
+
+    Attributes:
+        online_s, offline_s: within so many seconds after they were produced 99 in 100 events can be read from it;
+            None is no objective.
+    """
+
+    online_s: float | None = None
+    offline_s: float | None = None
+
+    def of_stores(self) -> dict[str, float]:
+        """Those that are declared, by store: `online`, `offline`."""
+        of_both = {"online": self.online_s, "offline": self.offline_s}
+        return {store: within_s for store, within_s in of_both.items() if within_s is not None}
+
+
+def objectives(view: FeatureView) -> Objectives:
+    """The objectives in a view's tags.
+
+    Raises:
+        ConfigError: a tag is no number above 0.
+    """
+
+    def seconds(name: str) -> float | None:
+        if name not in view.tags:
+            return None
+        found = _number(view.tags[name])
+        if not (found > 0 and math.isfinite(found)):
+            msg = (
+                f"feature view `{view.name}`: tag {name}={view.tags[name]!r} is no number of seconds above 0; "
+                f"write it as in {{'{name}': '2.5'}}"
+            )
+            raise ConfigError(msg)
+        return found
+
+    return Objectives(seconds("online_within_s"), seconds("offline_within_s"))
+
+
 def field_rule(view: FeatureView, field: Field, column: str, *, is_key: bool) -> Rule:
     """The rule in a field's tags.
 

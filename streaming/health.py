@@ -116,6 +116,7 @@ class WorkerGauges(Collector):
         self.source: Callable[[], Mapping[tuple[str, str, int], tuple[int, int | None]]] = dict
         self.in_flight: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self.assigned: Callable[[], int] = lambda: 0
+        self.objectives: Mapping[tuple[str, str], float] = {}
         self.faults: Callable[[], list[Fault]] = list
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
@@ -136,6 +137,14 @@ class WorkerGauges(Collector):
         used, limit = self.in_flight()
         yield GaugeMetricFamily("headrace_in_flight_bytes", "Payload bytes fetched and not yet appended.", used)
         yield GaugeMetricFamily("headrace_in_flight_limit_bytes", "Where fetching pauses.", limit)
+        objectives = GaugeMetricFamily(
+            "headrace_freshness_objective_seconds",
+            "Within which 99 in 100 events shall be readable, as the view's tags say.",
+            labels=["view", "store"],
+        )
+        for (view, store), within_s in self.objectives.items():
+            objectives.add_metric([view, store], within_s)
+        yield objectives
         yield GaugeMetricFamily("headrace_assigned_partitions", "Partitions that are this worker's.", self.assigned())
         faults = GaugeMetricFamily("headrace_readiness_faults", "What /readyz finds wrong, by kind.", labels=["kind"])
         found = [fault.kind for fault in self.faults()]

@@ -149,6 +149,11 @@ class StreamIntake:
         health.gauges.source = self._gauges
         health.gauges.in_flight = lambda: (self._room.used, self._room.limit)
         health.gauges.assigned = lambda: len(self._runs)
+        health.gauges.objectives = {
+            (view.contract.name, store): within_s
+            for view in served
+            for store, within_s in view.contract.objectives.of_stores().items()
+        }
 
     @property
     def broker(self) -> Broker:

@@ -71,6 +71,18 @@ def test_tags_of_a_view(tags: dict[str, str], rules: DayRules, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        ({}, {}),
+        ({"online_within_s": "1", "offline_within_s": "10.5"}, {"online": 1.0, "offline": 10.5}),
+        ({"offline_within_s": "1e3"}, {"offline": 1000.0}),
+    ],
+)
+def test_objectives_of_a_view(tags: dict[str, str], found: dict[str, float], tmp_path: Path) -> None:
+    assert contract_of(tmp_path, {}, tags).objectives.of_stores() == found
+
+
+@pytest.mark.parametrize(
     ("tags", "message"),
     [
         ({"severity": "fatal"}, r"field `rate`: tag severity='fatal' is neither 'error' nor 'warning'"),
@@ -100,6 +112,9 @@ def test_a_wrong_tag_of_a_field_is_refused(tags: dict[str, str], message: str, t
         ({"min_rows": "1.5"}, r"tag min_rows='1\.5' is no whole number"),
         ({"max_age_hours": "-2 warning"}, r"tag max_age_hours='-2 warning' is no number"),
         ({"severity": "Warning"}, r"tag severity='Warning' is neither"),
+        ({"online_within_s": "0"}, r"tag online_within_s='0' is no number of seconds above 0; .*'online_within_s'"),
+        ({"offline_within_s": "inf"}, r"tag offline_within_s='inf' is no number of seconds"),
+        ({"offline_within_s": "soon"}, r"tag offline_within_s='soon' is no number of seconds"),
     ],
 )
 def test_a_wrong_tag_of_a_view_is_refused(tags: dict[str, str], message: str, tmp_path: Path) -> None:

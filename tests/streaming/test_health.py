@@ -115,6 +115,7 @@ def test_metrics_are_what_prometheus_expects() -> None:
     health.batches.labels("view", "online").observe(3)
     health.gauges.source = lambda: {("view", "topic", 0): (5, 2), ("view", "topic", 1): (7, None)}
     health.gauges.faults = lambda: [Fault(Kind.STALLED, "view topic[0]")]
+    health.gauges.objectives = {("view", "online"): 1.5}
     families = {family.name: family for family in text_string_to_metric_families(health.exposition().decode())}
     for name, family in families.items():
         assert re.fullmatch("(headrace|process)_[a-z_]+", name)
@@ -127,6 +128,8 @@ def test_metrics_are_what_prometheus_expects() -> None:
             assert not math.isnan(sample.value)
     assert {sample.labels["kind"] for sample in families["headrace_readiness_faults"].samples} == set(Kind)
     assert sum(sample.value for sample in families["headrace_readiness_faults"].samples) == 1
+    (objective,) = families["headrace_freshness_objective_seconds"].samples
+    assert (objective.labels, objective.value) == ({"view": "view", "store": "online"}, 1.5)
     assert families["headrace_build_info"].samples[0].labels["version"]
     assert families["process_resident_memory_bytes"].samples[0].value > 1e6
     assert [sample.value for sample in families["headrace_lag_offsets"].samples] == [2]
