@@ -94,7 +94,7 @@ bench-stream: setup ## the benchmark of the stream and its peers in full, into d
 bench-stores: setup ## the benchmark of both stores in full, into docs/benchmarks.md (about 25 minutes)
 	$(PYTHON) -m benchmarks.stores --write docs/benchmarks.md
 
-bench-batch: setup ## the benchmark of the batch chain on a real PostgreSQL in full, into docs/benchmarks.md (about 25 minutes)
+bench-batch: setup ## the benchmark of the batch chain on a real PostgreSQL in full, into docs/benchmarks.md (about 15 minutes)
 	$(PYTHON) -m benchmarks.batch --write docs/benchmarks.md
 
 clean: ## remove the environment, the caches and what the demonstration wrote

@@ -49,7 +49,7 @@ FIRST = {"Ingest", "BackfillDay", "Compact", "Audit", "Repair", "Retain"}
 HOW = [
     *("keys", "keys_written", "days", "already", "moved", "mended", "before", "chains", "keys_materialized"),
     *("duration_s", "finished", "made", "ends_taken", "audit_s", "seconds", "temporary_deleted"),
-    *("changed", "report", "checks", "columns", "keys_taken_back", "files", "bytes"),
+    *("changed", "report", "checks", "columns", "keys_taken_back", "files", "bytes", "pruned"),
 ]
 """What receipts and reports say of how it went: how much was left to do, where, how long it took, and how the day
 compares with those before: a report may be made before or after another day of its run is published anew."""
@@ -98,6 +98,7 @@ CASES = {
     "Backfill": Case(RANGE, every_day_anew),
     "Backfill by force": Case((*RANGE, "--force-from", "Clean"), every_day_anew, again=RANGE),
     "Compact": Case(("Compact", "--at", AT), streamed, "notes", {"compact_grace_s": 0}),
+    "Compact of the work folder": Case(("Compact", "--at", AT), every_day_anew, settings={"batch_keep_days": 0}),
     "Audit": Case(("Audit", "--at", AT), every_day_anew),
     "Repair": Case(("Repair", "--at", AT), streamed, "notes"),
     "Retain": Case(("Retain", "--at", AT), streamed, "notes"),

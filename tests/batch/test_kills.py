@@ -17,6 +17,7 @@ FEW = {
     "Backfill": 67,
     "Backfill by force": 71,
     "Compact": 29,
+    "Compact of the work folder": 17,
     "Audit": 29,
     "Repair": 31,
     "Retain": 61,

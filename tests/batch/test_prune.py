@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from luigi.execution_summary import LuigiStatusCode
@@ -35,7 +37,7 @@ def rows_of(place: Place, day: object) -> set[str]:
 
 
 def test_rows_that_were_published_go_and_the_rest_stays(here: Place) -> None:
-    here.insert("rides", [*good_rides(D, 5), {**good_rides(D, 1)[0], "rider": "bad", "stops": -1}])
+    here.insert("rides", [*good_rides(D), {**good_rides(D, 1)[0], "rider": "bad", "stops": -1}])
     assert build(Materialize(view="rides", date=D)) == LuigiStatusCode.SUCCESS
     day = here.root / f"data/batch/rides/run={D}/day={D}"
     before = {path.name for path in day.iterdir()}
@@ -81,10 +83,12 @@ def test_a_day_whose_rows_are_gone_is_redone_from_the_source(here: Place, step: 
     assert build(Compact(view="rides", at=LONG_AGO)) == LuigiStatusCode.SUCCESS
     assert rows_of(here, D) == {f"run={D}/rejects.parquet"}
     here.insert("rides", [{**good_rides(D, 1)[0], "rider": "late"}])
-    command = ("Backfill", "--view", "rides", "--start", str(D), "--stop", str(stop), "--local-scheduler")
-    dry = here.run(*command, "--force-from", step, "--dry-run").stderr
-    assert f"would redo 2 days from {step} on, 2 of them published; 1 must be read from the source again" in dry
-    here.run(*command, "--force-from", step)
+    forced: dict[str, Any] = {"view": "rides", "start": D, "stop": stop, "force_from": step}
+    dry = Backfill(**forced, dry_run=True)  # type: ignore[call-arg]
+    assert build(dry) == LuigiStatusCode.SUCCESS
+    plan = json.loads(dry.receipt().read_text(encoding="utf-8"))["plan"]
+    assert f"would redo 2 days from {step} on, 2 of them published; 1 must be read from the source again" in plan
+    assert build(Backfill(**forced)) == LuigiStatusCode.SUCCESS
     assert here.offline("rides").num_rows == 8
 
 
