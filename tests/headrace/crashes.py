@@ -27,6 +27,9 @@ import pytest
 from headrace import faults
 from tests.reporting import tables
 
+LONGEST_S = 14_400
+"""Of a campaign; pytest's own time-out is shorter where it matters."""
+
 PASSES = 3
 """A step that is passed often is an end at its first passes, and at its last."""
 
@@ -105,7 +108,7 @@ def in_clean_process(target: str, *arguments: object) -> dict[str, Any]:
     The process that runs pytest has threads and connections, which a fork would inherit broken.
     """
     command = [sys.executable, "-m", __name__, target, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S, check=False)
     if done.returncode:
         raise AssertionError(done.stderr[-4000:])
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
