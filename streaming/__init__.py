@@ -32,10 +32,12 @@ def __getattr__(name: str) -> Any:
     import click
 
     from headrace.errors import ConfigError
+    from headrace.quick_import import leave_feast_unchecked
     from streaming.ending import leave_on_signals
 
     if "worker" in sys.argv:  # Faust reads the command line later, and the imports below take seconds
         leave_on_signals()
+    leave_feast_unchecked()
     # The Prometheus client turns to multiprocess files if Feast is imported before it.
     from streaming import health  # noqa: F401
     from streaming.worker import create_app
