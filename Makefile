@@ -56,7 +56,7 @@ format: setup ## format the code and apply the linter's safe fixes
 	$(BIN)/ruff check --fix .
 
 test: setup ## all tests, on real servers (options: make test ARGS="-k ledger")
-	$(PYTHON) -m pytest -n 3 --dist loadfile $(ARGS)
+	$(PYTHON) -m pytest -n 3 --dist worksteal $(ARGS)
 
 campaign: setup ## 200,000 events through a real Kafka, once in peace and once with ten kill -9 (about three minutes)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_KILLS=10 HEADRACE_TEST_EVENTS=200000 \
