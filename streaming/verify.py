@@ -83,7 +83,7 @@ def verify(config: StreamConfig, plan: Plan, *, anywhere: bool) -> Mapping[str, 
     leftovers = refuse(place, config, broker)
     broker.close()
     if leftovers:
-        _say(f"another one runs or was killed: there is {', '.join(leftovers)}; docs/how-to/verify.md says how to remove it")
+        _say(f"another one runs or was killed: there is {', '.join(leftovers)}; docs/how-to/verify.md tells what to do")
     with _signals() as done:
         keep = True
         try:

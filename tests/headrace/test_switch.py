@@ -1,4 +1,4 @@
-"""A stock Feast repository switches to the plug-ins and back by the steps of docs/reference/stores.md, and loses nothing."""
+"""A stock Feast repository switches to the plug-ins and back by the steps of its page, and loses nothing."""
 
 from __future__ import annotations
 
