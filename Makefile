@@ -88,14 +88,14 @@ bench: setup ## the benchmarks, short: the stream, and a few rows of the stores 
 	$(PYTHON) -m benchmarks.stores --only materialize-redis retrieve --runs 1 --scale 0.02
 	$(PYTHON) -m benchmarks.batch --runs 1 --scale 0.02
 
-bench-stream: setup ## the benchmark of the stream and its peers in full, into docs/benchmarks.md (about 15 minutes)
-	$(PYTHON) -m benchmarks.stream --write docs/benchmarks.md
+bench-stream: setup ## the benchmark of the stream and its peers in full, into docs/explanation/benchmarks.md (about 15 minutes)
+	$(PYTHON) -m benchmarks.stream --write docs/explanation/benchmarks.md
 
-bench-stores: setup ## the benchmark of both stores in full, into docs/benchmarks.md (about 25 minutes)
-	$(PYTHON) -m benchmarks.stores --write docs/benchmarks.md
+bench-stores: setup ## the benchmark of both stores in full, into docs/explanation/benchmarks.md (about 25 minutes)
+	$(PYTHON) -m benchmarks.stores --write docs/explanation/benchmarks.md
 
-bench-batch: setup ## the benchmark of the batch chain on a real PostgreSQL in full, into docs/benchmarks.md (about 15 minutes)
-	$(PYTHON) -m benchmarks.batch --write docs/benchmarks.md
+bench-batch: setup ## the benchmark of the batch chain on a real PostgreSQL in full, into docs/explanation/benchmarks.md (about 15 minutes)
+	$(PYTHON) -m benchmarks.batch --write docs/explanation/benchmarks.md
 
 clean: ## remove the environment, the caches and what the demonstration wrote
 	rm -rf .venv .cache data build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

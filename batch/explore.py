@@ -35,7 +35,7 @@ class DayBefore:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that the report says. `docs/gate.md` has the fields of its JSON, which are these.
+    """All that the report says. `docs/how-to/gate.md` has the fields of its JSON, which are these.
 
     Attributes:
         window: which day a row belongs to, and by which column.

@@ -1,4 +1,4 @@
-"""Whether a day may pass: the checks of the day, and the rules of its rows. docs/gate.md lists them."""
+"""Whether a day may pass: the checks of the day, and the rules of its rows. docs/how-to/gate.md lists them."""
 
 from __future__ import annotations
 

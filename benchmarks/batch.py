@@ -1,6 +1,6 @@
 """Speed and memory of the batch chain, beside pandas where it could do the same, on this machine, in the same run.
 
-    python -m benchmarks.batch [--only ingest ...] [--runs 3] [--scale 1.0] [--write docs/benchmarks.md]
+    python -m benchmarks.batch [--only ingest ...] [--runs 3] [--scale 1.0] [--write docs/explanation/benchmarks.md]
 
 A real PostgreSQL holds the table. `ingest` and `clean` time what the tasks do, in processes of their own that take
 turns with pandas; `empty-day` and `backfill` run the literal `luigi` commands. Figures are medians. What both sides

@@ -1,6 +1,7 @@
 """Speed and memory of both stores: our plug-ins beside Feast's own, on this machine, in the same run.
 
-    python -m benchmarks.stores [--only materialize-redis ...] [--runs 3] [--scale 1.0] [--write docs/benchmarks.md]
+    python -m benchmarks.stores [--only materialize-redis ...] [--runs 3] [--scale 1.0]
+        [--write docs/explanation/benchmarks.md]
 
 Each measurement is a process of its own that prepares, and then times the operation alone (see `benchmarks.measure`);
 ours and stock take turns. Figures are medians. What is stored and retrieved is compared: wrong data end the run.

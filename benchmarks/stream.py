@@ -1,6 +1,7 @@
 """Speed of the stream: a Headrace worker between a real Kafka and both stores, its peers beside it, in the same run.
 
-    python -m benchmarks.stream [--only valkey quix ...] [--runs 3] [--scale 1.0] [--write docs/benchmarks.md]
+    python -m benchmarks.stream [--only valkey quix ...] [--runs 3] [--scale 1.0]
+        [--write docs/explanation/benchmarks.md]
 
 Everything runs on this machine: Apache Kafka, Valkey or Redis, producers, workers, readers. What is stored is compared
 with what was produced: wrong data end the run. `--scale` makes every load smaller, to try things; the bounds are meant

@@ -33,7 +33,18 @@ _SHOWN_CHARACTERS = 60
 
 
 class Reason(StrEnum):
-    """Why a row was rejected."""
+    """Why a row was rejected.
+
+    Attributes:
+        UNDECODABLE: it cannot be read at all.
+        MISSING_FIELD: it lacks a field that is not tagged `nullable: "true"`.
+        WRONG_TYPE: a value is not of the view's type.
+        NULL: a join key, the event time, or a value tagged `nullable: "false"` is null.
+        OUT_OF_RANGE: a value breaks a rule: `ge`, `le`, `gt`, `lt` or `isin`.
+        BAD_TIMESTAMP: a time cannot be read, or no calendar has it.
+        FUTURE_EVENT: it is dated further ahead of the clock than the settings allow.
+        TRANSFORM: the view's transformation failed on it.
+    """
 
     UNDECODABLE = "undecodable"
     MISSING_FIELD = "missing_field"

@@ -1,6 +1,6 @@
 """The rules in a view's tags: what values a column may have, what a day must be like, and how grave it is if not.
 
-Tags of other names are the user's own. docs/gate.md has the table.
+Tags of other names are the user's own. docs/how-to/gate.md has the table.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ class Broker:
         except KafkaException as error:
             fault: KafkaError = error.args[0]
             if fault.code() >= 0:
-                advice = "; docs/security.md names the rights that the stream needs" * (fault.code() in _REFUSALS)
+                advice = "; docs/how-to/security.md names the rights that it needs" * (fault.code() in _REFUSALS)
                 raise BrokerError(f"broker {self._config.bootstrap} answered: {fault.str()}{advice}") from error
             raise BrokerError(self._why(fault.str())) from error
         except TimeoutError as error:

@@ -1,8 +1,7 @@
 """Dead letters: what was turned away goes to `<topic>.dlq`, untouched, with why and from where.
 
-Headers (after the record's own): `headrace.view`, `.reason`, `.field`, `.message`, `.topic`, `.topic_id`, `.partition`,
-`.offset`, `.timestamp_ms`, `.writer`; a payload that the broker refuses for its size is cut to its first 64 kB, and
-`.sha256` and `.size` tell of the whole. A record that could not be unpacked is empty, with a `.size` all the same.
+Headers, after the record's own, are those of `HEADERS`. A payload that the broker refuses for its size is cut to its
+first 64 kB; a record that could not be unpacked is empty.
 """
 
 from __future__ import annotations
@@ -23,6 +22,21 @@ from streaming.slices import Record, TopicPartition, Unread
 SUFFIX = ".dlq"
 KEPT_BYTES = 64 * 1024
 PREFIX = "headrace."
+HEADERS = {
+    "view": "the feature view that turned it away; a record that two views turn away is two letters",
+    "reason": "why, one of the words below",
+    "field": "the field at fault; empty where it is the whole record",
+    "message": "what was expected and found, the value shortened",
+    "topic": "the topic that it comes from",
+    "topic_id": "that topic's id; empty where the broker has none",
+    "partition": "the partition there",
+    "offset": "the offset there",
+    "timestamp_ms": "its Kafka timestamp, milliseconds since the epoch",
+    "writer": "`headrace` and the version",
+    "size": "bytes of the whole value, where this one is cut to its first 64 kB; `1` where it could not be unpacked",
+    "sha256": "of the whole value, hexadecimal, where this one is cut",
+}
+"""What each header holds, by its name behind the prefix."""
 
 Headers = list[tuple[str, str | bytes | None]]
 

@@ -31,7 +31,7 @@ _REQUIRED = {*_LOGIN, "oauth_token_url", "oauth_client_id", "oauth_client_secret
 
 
 class SecuritySettings(Settings):
-    """What a client needs to log in to the broker; `docs/security.md` has an example for each mechanism.
+    """What a client needs to log in to the broker; `docs/how-to/security.md` has an example for each mechanism.
 
     What the chosen protocol and mechanism would not use is refused, as is what they lack: a password beside a forgotten
     protocol would otherwise be a connection that never comes about.

@@ -83,7 +83,7 @@ def verify(config: StreamConfig, plan: Plan, *, anywhere: bool) -> Mapping[str, 
     leftovers = refuse(place, config, broker)
     broker.close()
     if leftovers:
-        _say(f"another one runs or was killed: there is {', '.join(leftovers)}; docs/verify.md says how to remove it")
+        _say(f"another one runs or was killed: there is {', '.join(leftovers)}; docs/how-to/verify.md tells what to do")
     with _signals() as done:
         keep = True
         try:
@@ -206,7 +206,7 @@ def _clean(place: Place, config: StreamConfig, *, keep: bool) -> list[str]:
     _say("removing the topics, the group, the online rows and the folders")
     left = remove(place, config, keep=keep)
     for what in left:
-        _say(f"could not be removed: {what}; docs/verify.md says how")
+        _say(f"could not be removed: {what}; docs/how-to/verify.md says how")
     if keep:
         _say(f"kept to look into: {place.offline} (offline folder), {place.logs} (logs); remove them afterwards")
     return left

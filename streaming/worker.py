@@ -245,7 +245,7 @@ def check(config: StreamConfig, *, web: bool, host: str, port: int) -> None:
         names = ", ".join(f"`{topic}`" for topic in missing)
         msg = (
             f"broker {config.bootstrap} has no topic {names}, or does not let this user see it; create it, give the "
-            "rights of docs/security.md, or correct the topic of its view's KafkaSource"
+            "rights of docs/how-to/security.md, or correct the topic of its view's KafkaSource"
         )
         raise ConfigError(msg)
     for topic in config.views:

@@ -1,4 +1,4 @@
-"""Each exit code of `luigi.cfg`, by the literal command line, as docs/exit-codes.md lists them."""
+"""Each exit code of `luigi.cfg`, by the literal command line, as docs/reference/exit-codes.md lists them."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ RIGHTS = (
     "-@all +hget +hmget +hset +hdel +hexists +expire +exists +watch +multi +exec +evalsha +script|load "
     "+get +set +del +scan +info +select +client|setinfo"
 )
-"""As in `docs/security.md`."""
+"""As in `docs/how-to/security.md`."""
 
 
 @dataclass(frozen=True)

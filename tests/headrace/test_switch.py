@@ -1,4 +1,4 @@
-"""A stock Feast repository switches to the plug-ins and back by the steps of docs/stores.md, and loses nothing."""
+"""A stock Feast repository switches to the plug-ins and back by the steps of its page, and loses nothing."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def history(store: FeatureStore, at_hours: int) -> list[float]:
 
 
 def documented(start: str) -> list[str]:
-    """The command of the way back in docs/stores.md that has these words, in words."""
-    text = (ROOT / "docs/stores.md").read_text(encoding="utf-8")
+    """The command of the way back in docs/reference/stores.md that has these words, in words."""
+    text = (ROOT / "docs/reference/stores.md").read_text(encoding="utf-8")
     section = text.split("## Switch a repository over, and back")[1].split("\n## ")[0]
     commands = re.findall(r"```\n(.*?)```|(?<!`)`([^`]+)`(?!`)", section, re.DOTALL)
     (found,) = [block or inline for block, inline in commands if start in (block or inline)]
@@ -163,7 +163,7 @@ def test_there_and_back_again(
 
 
 def three_lines() -> str:
-    text = (ROOT / "docs/stores.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/reference/stores.md").read_text(encoding="utf-8")
     return text.split("```yaml\n")[1].split("```")[0]
 
 

@@ -112,7 +112,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
 
 
 def allow(kafka: Kafka, topic: str) -> None:
-    """Give the rights of `docs/security.md`: those of the worker to one user, those of the emitter to another."""
+    """Give the rights of `docs/how-to/security.md`: a worker's to one user, an emitter's to another."""
     rights = [
         AclBinding(kind, name, ResourcePatternType.LITERAL, f"User:{user}", "*", operation, AclPermissionType.ALLOW)
         for prefix in ("", "CN=")  # as SASL and as certificates name them
@@ -185,7 +185,7 @@ VERIFIED = "headrace_verify_"
 
 
 def allow_verification(kafka: Kafka, valkey: Any) -> None:
-    """Give the rights that a verification needs by `docs/security.md`, and to Redis no others."""
+    """Give the rights that a verification needs by `docs/how-to/security.md`, and to Redis no others."""
     operations = AclOperation
     rights = [
         AclBinding(kind, name, ResourcePatternType.PREFIXED, "User:worker", "*", operation, AclPermissionType.ALLOW)
