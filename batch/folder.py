@@ -21,7 +21,7 @@
     <batch_folder>/<view>/source.json                    the columns of the source as Ingest took them last
     <batch_folder>/<view>/backfill=<A>..<B>/             Backfill: materialize.json, or plan.json, forced.json
     <batch_folder>/<view>/profiles/<d>.json              what the day's features look like, for the days after it
-    <batch_folder>/history/, history.html                what ran (`batch.ledger`, `batch.history`)
+    <batch_folder>/history/, history.html                what ran (`batch.ledger`, `headrace.runs`, `batch.history`)
 
 The JSON receipt of a step is written last, so it is what says that the step is complete.
 """

@@ -13,11 +13,11 @@ import luigi
 from luigi.parameter import ParameterVisibility
 
 from batch.folder import write_text
-from batch.ledger import Run
 from batch.pages import template
 from batch.recording import ledger
 from batch.settings import settings
 from headrace.errors import ConfigError
+from headrace.runs import Run
 
 _HEADINGS = ("start, UTC", "task", "view", "day", "outcome", "try", "time", "rows", "error")
 _TO_THE_RIGHT = {"try", "time", "rows"}

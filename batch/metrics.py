@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from batch.folder import locked
-from batch.ledger import Run
+from headrace.runs import Run
 
 FILE = "headrace_batch.prom"
 

@@ -25,11 +25,12 @@ from luigi.scheduler import scheduler
 
 from batch import metrics, notice
 from batch.folder import read_json
-from batch.ledger import Entry, Ledger, Run
+from batch.ledger import Entry, Ledger
 from batch.settings import settings
 from batch.tasks import ViewTask, report_url
 from headrace import __version__
 from headrace.errors import ConfigError, HeadraceError, TerminalError
+from headrace.runs import HISTORY, Run
 
 logger = logging.getLogger("luigi-interface")
 
@@ -55,7 +56,7 @@ def record(tasks: type[ViewTask]) -> None:
 
 def ledger() -> Ledger:
     """The ledger of this process's work folder."""
-    return Ledger(settings().folder / "history")
+    return Ledger(settings().folder / HISTORY)
 
 
 def started(task: ViewTask) -> None:

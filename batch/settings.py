@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import date
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
@@ -14,14 +13,11 @@ from headrace.settings import Settings, load
 
 
 class BatchSettings(Settings):
-    """What the tasks need to know. None of it is a task parameter, so none of it reaches the scheduler.
+    """What the tasks need to know, too. None of it is a task parameter, so none of it reaches the scheduler.
 
     Attributes:
         source_url: the database of the views with a source table, as a SQLAlchemy URL: `sqlite:///data/source.db`
             (relative to the working directory).
-        batch_folder: raw and clean data, rejects, reports and receipts; relative to the feature repository,
-            like every
-            path of it, so that a copy of the repository has a chain of its own.
         window: which day a row belongs to: the day on which it arrived (`created`), or that of its event
             time.
         reread_days: how many days before the requested one are read again with it.
@@ -34,13 +30,10 @@ class BatchSettings(Settings):
             longest read.
         batch_keep_days: how long `batch_folder` keeps the rows of a day that was published, and the reports and
             receipts of upkeep tasks; `Compact` removes what is older. Receipts and reports of days stay.
-        report_url: where `batch_folder` is served, for the links in the scheduler's pages. None gives `file:` links,
-            which a terminal opens and a browser refuses to follow from a page.
         batch_webhook_url: where a failure is told of, by a POST of JSON. None: nowhere.
     """
 
     source_url: SecretStr | None = None
-    batch_folder: Path = Path("../data/batch")
     window: Literal["arrival", "event"] = "arrival"
     reread_days: int = Field(2, ge=0, le=31)
     start_date: date | None = None
@@ -50,7 +43,6 @@ class BatchSettings(Settings):
     chunk_rows: int = Field(65_536, ge=1)
     compact_grace_s: float = Field(3600, ge=0)
     batch_keep_days: float = Field(14, ge=0)
-    report_url: str | None = None
     batch_webhook_url: SecretStr | None = None
 
     @field_validator("batch_webhook_url")
@@ -61,20 +53,6 @@ class BatchSettings(Settings):
             msg = "expected a URL that begins with https:// or http://"
             raise ValueError(msg)
         return url
-
-    @field_validator("report_url")
-    @classmethod
-    def _is_public_url(cls, url: str | None) -> str | None:
-        parts = urlsplit(url) if url else None
-        if parts is not None and not (parts.scheme in {"http", "https"} and parts.hostname and parts.username is None):
-            msg = "expected a URL that begins with https:// or http://, without a login: the scheduler shows it to all"
-            raise ValueError(msg)
-        return url or None
-
-    @property
-    def folder(self) -> Path:
-        """`batch_folder`, absolute."""
-        return (self.feature_repo.resolve() / self.batch_folder).resolve()
 
     @property
     def secrets(self) -> tuple[str, ...]:

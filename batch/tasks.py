@@ -35,7 +35,6 @@ from datetime import UTC, date, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import luigi
 
@@ -44,6 +43,7 @@ from batch.plan import Find, Plan, find_all_views, find_views, look_up
 from batch.processes import NOT_AGAIN
 from batch.settings import settings
 from headrace.errors import ConfigError, HeadraceError, SchemaError, TerminalError
+from headrace.runs import report_link
 
 logger = logging.getLogger("luigi-interface")
 
@@ -424,10 +424,8 @@ class Materialize(ChainTask):
 
 def report_url(report: Path) -> str:
     """Where a person finds a report."""
-    base = settings().report_url
-    if not base:
-        return report.as_uri()
-    return f"{base.rstrip('/')}/{quote(report.relative_to(settings().folder).as_posix(), safe='/=')}"
+    link = report_link(settings().report_url, report.relative_to(settings().folder).as_posix())
+    return link or report.as_uri()
 
 
 def newer_read(folder: ViewFolder, day: date, read_us: int) -> str | None:

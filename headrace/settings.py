@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from headrace.errors import ConfigError
@@ -21,6 +22,10 @@ class Settings(BaseSettings):
     Attributes:
         feature_repo: the folder with `feature_store.yaml`.
         views: names of the feature views to serve, separated by commas; empty means all.
+        batch_folder: where the batch chain keeps raw and clean data, rejects, reports, receipts and what ran; relative
+            to the feature repository, like every path of it, so that a copy of the repository has a chain of its own.
+        report_url: where `batch_folder` is served, for the links to reports in the scheduler's pages and the worker's.
+            None gives `file:` links there, which a terminal opens and a browser refuses to follow, and none here.
     """
 
     model_config = SettingsConfigDict(
@@ -35,6 +40,22 @@ class Settings(BaseSettings):
 
     feature_repo: Path = Path("feature_repo")
     views: str = ""
+    batch_folder: Path = Path("../data/batch")
+    report_url: str | None = None
+
+    @field_validator("report_url")
+    @classmethod
+    def _is_public_url(cls, url: str | None) -> str | None:
+        parts = urlsplit(url) if url else None
+        if parts is not None and not (parts.scheme in {"http", "https"} and parts.hostname and parts.username is None):
+            msg = "expected a URL that begins with https:// or http://, without a login: pages show it to all"
+            raise ValueError(msg)
+        return url or None
+
+    @property
+    def folder(self) -> Path:
+        """`batch_folder`, absolute."""
+        return (self.feature_repo.resolve() / self.batch_folder).resolve()
 
     @property
     def view_names(self) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from batch.ledger import Ledger, Run
+from batch.ledger import Ledger
+from headrace.runs import Run
 from tests.batch.place import Place
 from tests.servers import free_port
 

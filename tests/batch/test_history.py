@@ -26,9 +26,10 @@ from luigi.execution_summary import LuigiStatusCode
 from prometheus_client.parser import text_string_to_metric_families
 
 from batch import Clean, Ingest, Materialize, history, metrics, notice
-from batch.ledger import Ledger, Run
+from batch.ledger import Ledger
 from batch.recording import in_one_line
 from headrace.errors import ConfigError
+from headrace.runs import Run
 from tests.batch.place import GOOD, D, Place, build, good_rides, place_in, zone_rows
 
 STEPS = ["Ingest", "Clean", "ExploreAndValidate", "OfflineStore", "Materialize"]
