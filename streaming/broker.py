@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from headrace.errors import TransientError
 from streaming.security import librdkafka_settings, token_source
@@ -46,6 +46,21 @@ class Log:
 
     earliest: int
     latest: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The workers of the group, as the broker knows them.
+
+    Attributes:
+        state: Kafka's own word: `stable`, `preparing_rebalancing` and so on.
+        members: how many workers.
+        owners: who has each partition, its host and the end of its member id; nobody has what is not in it.
+    """
+
+    state: str
+    members: int
+    owners: Mapping[tuple[str, int], str]
 
 
 def client_config(config: StreamConfig) -> dict[str, Any]:
@@ -149,6 +164,44 @@ class Broker:
     def log(self, topic: str, partition: int) -> Log:
         """The ends of a partition's log. The latest counts open transactions too."""
         return self._ask(lambda: self._ends(topic, partition))
+
+    def logs(self, partitions: Mapping[str, int]) -> Mapping[tuple[str, int], Log]:
+        """The ends of the logs of whole topics, in two questions; partitions that have no leader now are left out.
+
+        Args:
+            partitions: how many each topic has.
+        """
+        places = [TopicPartition(topic, number) for topic, count in partitions.items() for number in range(count)]
+        if not places:
+            return {}
+        earliest = self._ask(lambda: self._offsets(places, OffsetSpec.earliest()))  # type: ignore[no-untyped-call]
+        latest = self._ask(lambda: self._offsets(places, OffsetSpec.latest()))  # type: ignore[no-untyped-call]
+        return {place: Log(earliest[place], latest[place]) for place in latest if place in earliest}
+
+    def _offsets(self, places: Sequence[TopicPartition], which: OffsetSpec) -> dict[tuple[str, int], int]:
+        asked = self._admin.list_offsets(dict.fromkeys(places, which), request_timeout=self._timeout_s)
+        found: dict[tuple[str, int], int] = {}
+        fault: KafkaException | None = None
+        for place, answer in asked.items():
+            try:
+                found[place.topic, place.partition] = answer.result(self._timeout_s).offset
+            except KafkaException as error:
+                fault = error
+        if fault is not None and not found:
+            raise fault
+        return found
+
+    def group(self) -> Group:
+        """Who is in the group now, and has which partition."""
+        group = self._config.group
+        asked = self._admin.describe_consumer_groups([group], request_timeout=self._timeout_s)[group]
+        found = self._ask(lambda: asked.result(self._timeout_s))
+        owners = {
+            (place.topic, place.partition): f"{member.host.lstrip('/')} …{member.member_id[-6:]}"
+            for member in found.members
+            for place in (member.assignment.topic_partitions if member.assignment is not None else ())
+        }
+        return Group(found.state.name.lower(), len(found.members), owners)
 
     def offsets_at(self, topic: str, partitions: int, time_ms: int) -> Mapping[int, int]:
         """For each partition the first offset produced at or after a time; the log's end if there is none."""

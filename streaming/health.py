@@ -5,8 +5,10 @@ Labels are names of views, topics, steps, stores, reasons and kinds, and numbers
 
 from __future__ import annotations
 
+import bisect
 import threading
 import time
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from importlib.metadata import version
@@ -19,6 +21,8 @@ from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from headrace import __version__
+from headrace.conform import Reason
+from streaming.recent import Recent, quantile
 
 FRESHNESS_BOUNDS_S = (
     0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0,
@@ -60,7 +64,8 @@ class Freshness(Collector):
     client would cost a millisecond. Thread-safe.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recent: Recent) -> None:
+        self._recent = recent
         self._counts: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
         self._sums: dict[tuple[str, str], float] = {}
         self._lock = threading.Lock()
@@ -76,22 +81,19 @@ class Freshness(Collector):
         with self._lock:
             self._counts[key] = self._counts.get(key, 0) + counts
             self._sums[key] = self._sums.get(key, 0.0) + float(ages.sum())
+        self._recent.add(Freshness.key(view, store), counts)
+
+    @staticmethod
+    def key(view: str, store: str) -> tuple[str, str, str]:
+        """Of its counts in `Recent`."""
+        return "freshness", view, store
 
     def quantile(self, view: str, store: str, share: float) -> float | None:
-        """A quantile, interpolated in its bucket; None without events, the last bound for what lies beyond it."""
+        """A quantile since the start; None without events, the last bound for what lies beyond it."""
         with self._lock:
             counts = self._counts.get((view, store))
-        if counts is None:
-            return None
-        reached = np.cumsum(counts)
-        wanted = share * reached[-1]
-        bucket = int(np.searchsorted(reached, wanted))
-        if bucket == len(self._bounds):
-            return float(self._bounds[-1])
-        low = float(self._bounds[bucket - 1]) if bucket else 0.0
-        before = float(reached[bucket - 1]) if bucket else 0.0
-        inside = (wanted - before) / max(float(counts[bucket]), 1.0)
-        return float(low + inside * (float(self._bounds[bucket]) - low))
+        found = None if counts is None else quantile(counts, FRESHNESS_BOUNDS_S, share)
+        return None if found is None else min(found, FRESHNESS_BOUNDS_S[-1])
 
     def collect(self) -> Iterable[HistogramMetricFamily]:
         """For the registry."""
@@ -118,6 +120,7 @@ class WorkerGauges(Collector):
         self.assigned: Callable[[], int] = lambda: 0
         self.objectives: Mapping[tuple[str, str], float] = {}
         self.faults: Callable[[], list[Fault]] = list
+        self.waiting: Callable[[], Mapping[tuple[str, str], int]] = dict
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """For the registry."""
@@ -158,7 +161,8 @@ class Health:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.freshness = Freshness()
+        self.recent = Recent()
+        self.freshness = Freshness(self.recent)
         self.gauges = WorkerGauges()
         self.registry.register(self.freshness)
         self.registry.register(self.gauges)
@@ -212,6 +216,28 @@ class Health:
         now = time.time()
         self.success.labels(view, store).set(now)
         self.freshness.observe(view, store, produced_ms, now)
+
+    def judged(self, view: str, *, received: int, accepted: int, skipped: int, reasons: Iterable[Reason]) -> None:
+        """Records were decoded and judged.
+
+        Args:
+            reasons: of each that was turned away.
+        """
+        rejected = Counts(reasons)
+        self.received.labels(view).inc(received)
+        self.accepted.labels(view).inc(accepted)
+        self.skipped.labels(view).inc(skipped)
+        for reason, count in rejected.items():
+            self.rejected.labels(view, reason.value).inc(count)
+        self.recent.add(("events", view), np.array([received, accepted, skipped, *(rejected[r] for r in Reason)]))
+
+    def stepped(self, view: str, step: str, seconds: float, rows: int) -> None:
+        """A batch went through a step."""
+        self.steps.labels(view, step).observe(seconds)
+        self.batches.labels(view, step).observe(rows)
+        bucket = np.zeros(len(STEP_BOUNDS_S) + 1, dtype=np.int64)
+        bucket[bisect.bisect_left(STEP_BOUNDS_S, seconds)] = 1
+        self.recent.add(("step", view, step), bucket)
 
     def exposition(self) -> bytes:
         """The metrics in Prometheus' text format."""

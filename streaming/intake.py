@@ -31,7 +31,7 @@ from headrace.errors import (
 )
 from streaming.broker import Broker, Log
 from streaming.formats import decoder_of
-from streaming.health import Fault, Health, Kind
+from streaming.health import OFFLINE, ONLINE, Fault, Health, Kind
 from streaming.lane import Budget, Lane, StoreDownError, TopicReplacedError, replaced
 from streaming.settings import StreamConfig, View, schema_registry
 from streaming.share import DeadLetterShareError, LetterShare
@@ -147,6 +147,7 @@ class StreamIntake:
         self._behind: dict[tuple[TopicPartition, str], str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         health.gauges.source = self._gauges
+        health.gauges.waiting = self._waiting
         health.gauges.in_flight = lambda: (self._room.used, self._room.limit)
         health.gauges.assigned = lambda: len(self._runs)
         health.gauges.objectives = {
@@ -660,6 +661,17 @@ class StreamIntake:
             for lane in list(run.lanes):
                 behind = None if high is None else max(0, high - lane.end)
                 found[lane.view.contract.name, partition.topic, partition.partition] = (lane.end, behind)
+        return found
+
+    def _waiting(self) -> Mapping[tuple[str, str], int]:
+        """By view and store, when the oldest event that the store does not have yet was produced, milliseconds."""
+        found: dict[tuple[str, str], int] = {}
+        for lane in [lane for run in self._runs.values() for lane in run.lanes]:
+            for store in (ONLINE, OFFLINE):
+                oldest_ms = lane.waiting.oldest_ms(store)
+                if oldest_ms is not None:
+                    key = (lane.view.contract.name, store)
+                    found[key] = min(oldest_ms, found.get(key, oldest_ms))
         return found
 
 

@@ -20,6 +20,7 @@ import logging
 import math
 import random
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 from headrace.chains import StreamEnd, StreamLedger
 from headrace.errors import LostRaceError, TerminalError
 from streaming.batches import Batch, Fetched, Gathering
-from streaming.health import OFFLINE, Health
+from streaming.health import OFFLINE, ONLINE, Health
 from streaming.settings import StreamSettings
 from streaming.share import DeadLetterShareError
 from streaming.slices import Slice, TopicPartition
@@ -107,6 +108,31 @@ class Budget:
         return True
 
 
+class Waiting:
+    """When what a store does not have yet was produced: how old its oldest event is, while it waits."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, deque[tuple[int, int]]] = {ONLINE: deque(), OFFLINE: deque()}
+
+    def put(self, piece: Slice) -> None:
+        """A slice came."""
+        if piece.records:
+            produced_ms = piece.records[0].timestamp
+            for pieces in self._pieces.values():
+                pieces.append((piece.next, produced_ms if produced_ms > 0 else int(time.time() * 1000)))
+
+    def done(self, store: str, next: int) -> None:  # noqa: A002 - the field's own word
+        """A store has what lies before an offset."""
+        pieces = self._pieces[store]
+        while pieces and pieces[0][0] <= next:
+            pieces.popleft()
+
+    def oldest_ms(self, store: str) -> int | None:
+        """When the oldest event that waits was produced, milliseconds since the epoch; None if none waits."""
+        pieces = self._pieces[store]
+        return pieces[0][1] if pieces else None
+
+
 class Lane:
     """See the module.
 
@@ -148,6 +174,7 @@ class Lane:
         self._taken = start.end
         self._outstanding = 0
         self._moved_s = time.monotonic()
+        self.waiting = Waiting()
         self._servers = start.servers
         self._looked_s = -math.inf
         self._unappended: list[Batch] = []
@@ -175,6 +202,7 @@ class Lane:
         self._taken = own.next
         self._outstanding += own.size
         self._budget.take(own.size)
+        self.waiting.put(own)
         self._inbox.put_nowait(own)
 
     def stands_still_s(self) -> float:
@@ -299,6 +327,7 @@ class Lane:
                 self._unappended.append(merged)
                 if merged.table.num_rows:
                     await self._insist("online", partial(self._steps.write_online, merged))
+                self.waiting.done(ONLINE, merged.next)
                 self._online.put_nowait(merged)
         self._online.put_nowait(None)
 
@@ -367,6 +396,7 @@ class Lane:
                 "offline", self._timed("offline", partial(self._commit, batch), batch.table.num_rows)
             )
         self.end = batch.next
+        self.waiting.done(OFFLINE, batch.next)
         self._moved_s = time.monotonic()
         self._unappended = [one for one in self._unappended if one.next > batch.next]
         self._budget.give(batch.size)

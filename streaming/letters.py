@@ -157,6 +157,21 @@ def read(
             progress(done, total)
 
 
+def between(
+    config: StreamConfig, starts: Mapping[tuple[str, int], int], ends: Mapping[tuple[str, int], int], *, at_once: int
+) -> Iterator[StoredLetter]:
+    """The letters of some ranges of dead-letter topics, by topic and partition; what is no letter is passed over.
+
+    Args:
+        at_once: how many may be in memory.
+
+    Raises:
+        BrokerError: the broker does not answer.
+    """
+    for messages in _messages(config, starts, ends, at_once):
+        yield from (letter for message in messages if (letter := _letter(message)) is not None)
+
+
 def parse_since(text: str) -> int:
     """A time such as 2026-01-31T12:00:00Z, or a span back from now such as 90m, 6h or 7d, as milliseconds.
 
@@ -174,7 +189,10 @@ def parse_since(text: str) -> int:
 
 
 def _messages(
-    config: StreamConfig, starts: Mapping[tuple[str, int], int], ends: Mapping[tuple[str, int], int]
+    config: StreamConfig,
+    starts: Mapping[tuple[str, int], int],
+    ends: Mapping[tuple[str, int], int],
+    at_once: int = CHUNK_RECORDS,
 ) -> Iterator[Sequence[Message]]:
     """The records between starts and ends, in chunks."""
     if not ends:
@@ -196,7 +214,7 @@ def _messages(
         silent_s = 0.0
         while waiting:
             batch = []
-            for message in consumer.consume(CHUNK_RECORDS, timeout=_PAUSE_S):
+            for message in consumer.consume(at_once, timeout=_PAUSE_S):
                 error = message.error()
                 if error is None:
                     batch.append(message)

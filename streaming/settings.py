@@ -52,7 +52,7 @@ class StreamSettings(SecuritySettings):
             so many at least.
         dead_letter_stop: whether the worker ends then, before the events are written to the dead letters.
         log_format: `text` for people, `json` for one JSON object a line.
-        web_host, web_port: where `/healthz`, `/readyz` and `/metrics` are served.
+        web_host, web_port: where the status page, `/healthz`, `/readyz` and `/metrics` are served.
     """
 
     broker: str = ""

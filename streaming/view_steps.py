@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -66,17 +65,15 @@ class ViewSteps:
             return judged, batches_of(fetched, judged)
 
         judged, batches = measured(self._health, self._name, "decode", len(values), decoded)
-        self._count(len(values), judged)
+        self._health.judged(
+            self._name,
+            received=len(values),
+            accepted=len(judged.rows),
+            skipped=judged.skipped,
+            reasons=(reject.reason for reject in judged.rejects),
+        )
         self.share.note(len(judged.rows) + len(judged.rejects), judged.rejects)
         return batches
-
-    def _count(self, received: int, judged: Judged) -> None:
-        health, name = self._health, self._name
-        health.received.labels(name).inc(received)
-        health.accepted.labels(name).inc(len(judged.rows))
-        health.skipped.labels(name).inc(judged.skipped)
-        for reason, count in Counter(reject.reason.value for reject in judged.rejects).items():
-            health.rejected.labels(name, reason).inc(count)
 
     def _write_online(self, batches: Sequence[Batch]) -> list[None]:
         rows = sum(batch.table.num_rows for batch in batches)
@@ -93,6 +90,5 @@ def measured(health: Health, view: str, step: str, rows: int, work: Callable[[],
     """Do it, and note how long it took if it did not fail."""
     begun = time.perf_counter()
     result = work()
-    health.steps.labels(view, step).observe(time.perf_counter() - begun)
-    health.batches.labels(view, step).observe(rows)
+    health.stepped(view, step, time.perf_counter() - begun, rows)
     return result

@@ -26,8 +26,10 @@ from streaming.ending import Deadline, give_up, leave, leave_on_signals, while_s
 from streaming.health import OFFLINE, ONLINE, Fault, Health, Kind
 from streaming.intake import StreamIntake
 from streaming.logs import QUIET, set_up, silence_hosts
+from streaming.pages import add_status_pages
 from streaming.security import faust_credentials, keep_logins_out_of_logs, warnings
 from streaming.settings import StreamConfig, read_config, registry_warnings, schema_registry
+from streaming.status import Board, Moment
 from streaming.transport import BulkSchema, BulkTransport
 
 try:
@@ -285,7 +287,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _add_pages(app: HeadraceApp) -> None:
-    """`/healthz`: restart me if this fails. `/readyz`: I take events and both stores take them. `/metrics`."""
+    """`/healthz`: restart me if this fails. `/readyz`: I take events and both stores take them. `/metrics`, `/`."""
 
     @app.page("/healthz")
     async def healthz(self: WebView, request: Any) -> Any:
@@ -300,6 +302,8 @@ def _add_pages(app: HeadraceApp) -> None:
     @app.page("/metrics")
     async def metrics(self: WebView, request: Any) -> Any:
         return self.bytes(app.health.exposition(), content_type="text/plain")
+
+    add_status_pages(app, Board(app.config, app.health, lambda: moment(app)))
 
 
 def liveness_faults(app: HeadraceApp) -> list[Fault]:
@@ -324,6 +328,12 @@ def readiness_faults(app: HeadraceApp) -> list[Fault]:
     if not is_assigned and not (app.was_assigned and app.rebalancing_s() < USUAL_REBALANCE_S):
         faults.append(Fault(Kind.REBALANCING, "waiting for the group's assignment"))
     return faults
+
+
+def moment(app: HeadraceApp) -> Moment:
+    """What the status page needs of the event loop."""
+    gauges = app.health.gauges
+    return Moment(readiness_faults(app), gauges.source(), gauges.assigned(), gauges.waiting())
 
 
 def state(app: HeadraceApp) -> dict[str, Any]:
