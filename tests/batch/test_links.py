@@ -19,6 +19,7 @@ from headrace.errors import ConfigError
 from headrace.settings import load
 from tests.batch.place import Place, good_rides
 from tests.servers import Browser, UnavailableError, free_port
+from tests.servers.browser import inaccessible
 from tests.servers.luigi import Luigid, Reports
 
 YESTERDAY = datetime.now(UTC).date() - timedelta(days=1)
@@ -57,13 +58,17 @@ def test_who_clicks_in_luigis_pages_sees_the_report(
     command = ("--scheduler-port", str(luigid.port), "ExploreAndValidate", "--view", "rides")
     place.run(*command, report_url=f"{reports.url}/")
 
-    browser.open(f"{luigid.url}/static/visualiser/index.html#tab=tasks&search__search=ExploreAndValidate")
-    link = "document.querySelector(\"#taskTable a[title='Track Progress']\")"
-    assert browser.wait(f"{link}?.getAttribute('href')") == f"{reports.url}/{REPORT}"
-    browser.click(link)
-    assert browser.wait("location.href != 'about:blank' && location.href", tab=1) == f"{reports.url}/{REPORT}"
-    assert "rides" in browser.wait("document.readyState == 'complete' && document.body.innerText", tab=1)
-    assert browser.evaluate("getComputedStyle(document.body).maxWidth", tab=1) != "none"  # the page has its style
+    page = browser.page()
+    page.goto(f"{luigid.url}/static/visualiser/index.html#tab=tasks&search__search=ExploreAndValidate")
+    link = page.locator("#taskTable a[title='Track Progress']")
+    assert link.get_attribute("href") == f"{reports.url}/{REPORT}"
+    with page.expect_popup() as opened:
+        link.click()
+    report = opened.value
+    assert report.url == f"{reports.url}/{REPORT}"
+    assert "rides" in report.inner_text("body")
+    assert report.evaluate("getComputedStyle(document.body).maxWidth") != "none"  # the page has its style
+    assert inaccessible(report) == []
 
 
 @pytest.mark.slow

@@ -1,120 +1,95 @@
-"""Chromium without a window, told what to do by its DevTools protocol."""
+"""Chromium without a window, driven by Playwright; what goes wrong in a page is noted."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import itertools
-import json
+import ipaddress
 import os
 import shutil
-import time
-import urllib.request
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from urllib.parse import urlsplit
 
-import aiohttp
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import BrowserContext, ConsoleMessage, Page, Playwright, Request, Route, sync_playwright
+from playwright.sync_api import Browser as Chromium
 
-from tests.servers.process import Server, ServerError, UnavailableError
+from tests.servers.process import Startable, UnavailableError
 
-WAIT_S = 20.0
+WAIT_MS = 20_000
 
 
-class Browser(Server):
-    """Use it from one thread."""
+class Browser(Startable):
+    """Debian's own Chromium. Use it from one thread, in which nobody else may run an event loop meanwhile.
 
-    name = "browser"
+    Attributes:
+        problems: what pages complained of (errors of scripts and of the console, among them what a policy refused), and
+            what they asked for beyond this machine, which they do not get.
+    """
 
-    def __init__(self, width: int = 1280, height: int = 800) -> None:
-        super().__init__()
-        self._size = f"{width},{height}"
-        self._numbers = itertools.count(1)
-        self._loop = asyncio.new_event_loop()
-        self._seen: list[str] = []
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self._playwright: Playwright | None = None
+        self._chromium: Chromium | None = None
 
-    def command(self) -> list[str]:
-        """Chromium on a port that it chooses."""
+    def start(self) -> Self:
+        """Start it."""
         found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
         if found is None:
             raise UnavailableError("no chromium; install it (Debian: apt-get install chromium)")
-        options = ["--headless=new", "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
-        if os.getuid() == 0:
-            options.append("--no-sandbox")
-        folder = ["--remote-debugging-port=0", f"--user-data-dir={self.folder}"]
-        return [found, *options, f"--window-size={self._size}", *folder, "about:blank"]
-
-    def is_ready(self) -> bool:
-        """Whether it has a tab."""
-        with suppress(OSError, aiohttp.ClientError, IndexError):
-            return bool(self._tabs())
-        return False
+        self._playwright = sync_playwright().start()
+        self._chromium = self._playwright.chromium.launch(
+            executable_path=found, chromium_sandbox=os.getuid() != 0, args=["--disable-dev-shm-usage"]
+        )
+        return self
 
     def close(self) -> None:
-        """End it, and remove its profile."""
-        super().close()
-        self._loop.close()
+        """End it."""
+        if self._chromium is not None:
+            self._chromium.close()
+        if self._playwright is not None:
+            self._playwright.stop()
 
-    def open(self, url: str) -> None:
-        """Go to a page in the first tab."""
-        self.tell("Page.navigate", {"url": url})
+    def page(self, *, width: int = 1280, height: int = 800, **options: Any) -> Page:
+        """A new window with a profile of its own; options are those of Playwright's `new_context`."""
+        assert self._chromium is not None
+        context: BrowserContext = self._chromium.new_context(viewport={"width": width, "height": height}, **options)
+        context.set_default_timeout(WAIT_MS)
+        context.route(lambda url: not _is_here(url), self._refuse)
+        context.on("console", self._hear)
+        context.on("weberror", lambda error: self.problems.append(f"error of a script: {error.error}"))
+        return context.new_page()
 
-    def evaluate(self, script: str, tab: int = 0) -> Any:
-        """The value of JavaScript in a tab; tabs are counted in the order in which they were opened."""
-        answer = self.tell("Runtime.evaluate", {"expression": script, "returnByValue": True}, tab)
-        return answer["result"].get("value")
+    def _hear(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.problems.append(f"{message.type} in the console: {message.text}")
 
-    def wait(self, script: str, tab: int = 0) -> Any:
-        """The value of JavaScript once it is true."""
-        deadline = time.monotonic() + WAIT_S
-        while True:
-            with suppress(ServerError):  # the page is on its way to another
-                if found := self.evaluate(script, tab):
-                    return found
-            if time.monotonic() > deadline:
-                raise ServerError(f"the browser: waited {WAIT_S:.0f} s in vain for {script}")
-            time.sleep(0.1)
+    def _refuse(self, route: Route, request: Request) -> None:
+        self.problems.append(f"asked for beyond this machine: {request.url}")
+        route.abort()
 
-    def click(self, script: str) -> None:
-        """Click the middle of an element, as a person does."""
-        box = self.wait(
-            f"(e => {{ if (!e) return null; e.scrollIntoView({{block: 'center'}}); const b = e.getBoundingClientRect();"
-            f" return b.width ? [b.x + b.width / 2, b.y + b.height / 2] : null }})({script})"
-        )
-        for kind in ("mousePressed", "mouseReleased"):
-            where = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
-            self.tell("Input.dispatchMouseEvent", {"type": kind, **where})
 
-    def tabs(self) -> list[str]:
-        """The addresses of the tabs, in the order in which they were opened."""
-        return [tab["url"] for tab in self._tabs()]
+def inaccessible(page: Page) -> list[str]:
+    """What axe finds wrong with a page as it is now, and holds to be serious or critical: rule and elements."""
+    found: Sequence[dict[str, Any]] = Axe().run(page).response["violations"]
+    return [
+        f"{rule['id']} ({rule['impact']}): {rule['help']}: {[node['html'][:120] for node in rule['nodes'][:5]]}"
+        for rule in found
+        if rule["impact"] in ("serious", "critical")
+    ]
 
-    def screenshot(self, path: Path, tab: int = 0) -> None:
-        """What a tab shows, as PNG."""
-        path.write_bytes(base64.b64decode(self.tell("Page.captureScreenshot", {"format": "png"}, tab)["data"]))
 
-    def tell(self, method: str, parameters: dict[str, Any], tab: int = 0) -> Any:
-        """One command of the protocol, and its result."""
-        return self._loop.run_until_complete(self._tell(self._tabs()[tab], method, parameters))
+def screenshot(page: Page, path: Path) -> None:
+    """What a page shows from top to end, as PNG."""
+    page.screenshot(path=path, full_page=True, animations="disabled")
 
-    async def _tell(self, tab: dict[str, Any], method: str, parameters: dict[str, Any]) -> Any:
-        number = next(self._numbers)
-        async with (
-            aiohttp.ClientSession() as session,
-            session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket,
-        ):
-            await socket.send_json({"id": number, "method": method, "params": parameters})
-            answer: dict[str, Any] = {}
-            while answer.get("id") != number:
-                answer = await socket.receive_json(timeout=WAIT_S)
-        if "error" in answer:
-            raise ServerError(f"{method}: {answer['error']}")
-        return answer["result"]
 
-    def _tabs(self) -> list[dict[str, Any]]:
-        """The tabs as Chromium tells of them, in the order in which they were first seen."""
-        port = (self.folder / "DevToolsActivePort").read_text(encoding="utf-8").split()[0]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=WAIT_S) as answer:
-            found = {tab["id"]: tab for tab in json.load(answer) if tab["type"] == "page"}
-        self._seen = [tab for tab in self._seen if tab in found] + [tab for tab in found if tab not in self._seen]
-        return [found[tab] for tab in self._seen]
+def _is_here(url: str) -> bool:
+    """Whether an address is of this machine, or of none."""
+    host = urlsplit(url).hostname
+    if host in (None, "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(str(host)).is_loopback
+    except ValueError:
+        return False
