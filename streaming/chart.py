@@ -37,7 +37,7 @@ def chart(minutes: Sequence[Sequence[Any] | None], objective_s: float | None) ->
         return None
     low_s, high_s = min(values), max(values)
     floor = math.log(max(1e-4, min(low_s, objective_s or low_s) / 1.3))
-    span = math.log(max(high_s, objective_s or high_s) * 1.3) - floor
+    span = math.log(max(1e-4, high_s, objective_s or high_s) * 1.3) - floor
 
     def y(value_s: float) -> float:
         return round(HEIGHT * (1 - (math.log(max(value_s, 1e-4)) - floor) / span), 1)
