@@ -177,7 +177,7 @@ def test_a_sample_is_another_each_minute_and_says_what_it_looked_at(here: Place)
         assert (report["diverged"] == 0) == done
         assert report["keys_compared"] == sum(report["counts"].values()) < KEYS
         page = (here.root / "data/batch/notes" / run / "report.html").read_text(encoding="utf-8")
-        assert "<b>0.25</b><span>of all keys are in the sample</span>" in page
+        assert "<dt>share of all keys in the sample</dt><dd>0.25</dd>" in page
         assert ("luigi --module batch Repair --view notes" in page) != done
         if done:
             assert left(here, "notes", run, "passed.json")["sample"] == 0.25
