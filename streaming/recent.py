@@ -97,13 +97,18 @@ def quantile(counts: Counts, bounds: Sequence[float], share: float) -> float | N
     Returns:
         None without values, infinity for what lies beyond the last bound.
     """
-    reached = np.cumsum(counts)
-    if reached[-1] == 0:
-        return None
-    wanted = share * reached[-1]
-    bucket = int(np.searchsorted(reached, wanted))
-    if bucket == len(bounds):
-        return float("inf")
-    low = bounds[bucket - 1] if bucket else 0.0
-    before = float(reached[bucket - 1]) if bucket else 0.0
-    return float(low + (wanted - before) / float(counts[bucket]) * (bounds[bucket] - low))
+    return quantiles(counts[np.newaxis], bounds, share)[0]
+
+
+def quantiles(counts: Counts, bounds: Sequence[float], share: float) -> list[float | None]:
+    """`quantile` of each row of counts."""
+    edges = np.array([0.0, *bounds, np.inf])
+    reached = np.cumsum(counts, axis=1)
+    wanted = share * reached[:, -1]
+    bucket = (reached < wanted[:, np.newaxis]).sum(axis=1)
+    row = np.arange(len(counts))
+    inside = np.maximum(counts[row, bucket], 1)
+    low, high = edges[bucket], edges[bucket + 1]
+    part = (wanted - (reached[row, bucket] - counts[row, bucket])) / inside
+    found = np.where(np.isinf(high), np.inf, low + part * (np.where(np.isinf(high), low, high) - low))
+    return [value if total else None for value, total in zip(found.tolist(), reached[:, -1].tolist(), strict=True)]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from headrace import __version__
@@ -23,7 +23,7 @@ from streaming.broker import Broker
 from streaming.health import FRESHNESS_BOUNDS_S, OFFLINE, ONLINE, STEP_BOUNDS_S, Fault, Freshness, Health
 from streaming.letters import StoredLetter
 from streaming.lookups import Answer, Letters, LetterWatch, LookUp, Runs, RunWatch, Topics, topics
-from streaming.recent import Counts, Recent, quantile
+from streaming.recent import Counts, Recent, quantile, quantiles
 from streaming.settings import StreamConfig, View
 
 STEPS = ("decode", "dead_letters", "online", "offline")
@@ -60,6 +60,11 @@ class Moment:
     own: Mapping[Place, tuple[int, int | None]]
     assigned: int
     waiting_ms: Mapping[tuple[str, str], int]
+
+    @cached_property
+    def places(self) -> set[tuple[str, int]]:
+        """This worker's partitions, by topic and number."""
+        return {(topic, number) for _, topic, number in self.own}
 
 
 class Board:
@@ -152,7 +157,7 @@ class Board:
         for view in self._views:
             name, topic = view.contract.name, str(view.contract.topic)
             files = self._folders[name].answer().value
-            known = {number for own_view, own_topic, number in moment.own if (own_view, own_topic) == (name, topic)}
+            known = {number for own_topic, number in moment.places if own_topic == topic}
             count = None if found.value is None else found.value.partitions.get(topic)
             numbers = sorted(known) if count is None else range(max([count, *(n + 1 for n in known)]))
             rows += [{"view": name, **_partition((name, topic, n), moment, found.value, files)} for n in numbers]
@@ -166,9 +171,9 @@ def freshness(recent: Recent, view: str, store: str, objective_s: float | None, 
     """
     key = Freshness.key(view, store)
     now, hour, minutes = recent.now(key), recent.hour(key), recent.minutes(key)
-    by_minute = [] if minutes is None else [_quantiles(counts, FRESHNESS_BOUNDS_S) for counts in minutes]
-    counted = [found for found in by_minute if found["count"]]
-    met = sum(1 for found in counted if objective_s is not None and found["p99_s"] <= objective_s)
+    by_minute = [] if minutes is None else _by_minute(minutes)
+    counted = [minute for minute in by_minute if minute is not None]
+    met = sum(1 for _, p99_s, _ in counted if objective_s is not None and p99_s <= objective_s)
     verdict, why = judge(_raw(now, 0.99), objective_s, waiting_s)
     return {
         "objective_s": objective_s,
@@ -177,9 +182,7 @@ def freshness(recent: Recent, view: str, store: str, objective_s: float | None, 
         "waiting_s": None if waiting_s is None else round(waiting_s, 3),
         "now": _quantiles(now, FRESHNESS_BOUNDS_S),
         "hour": _quantiles(hour, FRESHNESS_BOUNDS_S),
-        "minutes": [
-            [found["p50_s"], found["p99_s"], found["count"]] if found["count"] else None for found in by_minute
-        ],
+        "minutes": by_minute,
         "minutes_with_events": len(counted),
         "minutes_met": None if objective_s is None else met,
     }
@@ -251,6 +254,16 @@ def _quantiles(counts: Counts | None, bounds: Sequence[float]) -> Json:
     return {**found, "count": 0 if counts is None else int(counts.sum())}
 
 
+def _by_minute(minutes: Counts) -> list[tuple[float, float, int] | None]:
+    """Of each minute p50, p99 and how many events; None without events."""
+    last_s = FRESHNESS_BOUNDS_S[-1]
+    p50, p99 = (quantiles(minutes, FRESHNESS_BOUNDS_S, share) for share in (0.5, 0.99))
+    return [
+        None if low is None or high is None else (round(min(low, last_s), 6), round(min(high, last_s), 6), count)
+        for low, high, count in zip(p50, p99, minutes.sum(axis=1).tolist(), strict=True)
+    ]
+
+
 def _partition(place: Place, moment: Moment, known: Topics | None, files: Census | None) -> Json:
     """One partition of a view: where its ledger and its log end, and who has it."""
     _, topic, number = place
@@ -262,7 +275,7 @@ def _partition(place: Place, moment: Moment, known: Topics | None, files: Census
         ends.append(own[0] + own[1])
     log_end = max(ends, default=None)
     begin = end if end is not None else log.earliest if log is not None and files is not None else None
-    is_own = own is not None or any(other[1:] == place[1:] for other in moment.own)
+    is_own = (topic, number) in moment.places
     owner = None if known is None or known.group is None else known.group.owners.get((topic, number))
     return {
         "topic": topic,
