@@ -141,7 +141,7 @@ class BackfillDay(RangeTask):
 
 
 class Backfill(RangeTask):
-    """See the module."""
+    """Do many days: those of `[start, stop)` that are not done yet or, by force, all of them from a step on."""
 
     force_from = luigi.ChoiceParameter(choices=["", *STEPS], default="", description="redo every day from this step on")
     dry_run = luigi.BoolParameter(default=False, description="say what would be done, and do nothing")

@@ -137,7 +137,7 @@ def _default(value: object) -> str:
 
 
 def _sentence(text: str) -> str:
-    text = text.strip().replace("``", "`")
+    text = re.sub(r"; None [^.;]*|^the view's tag of that name, ", "", text.strip())
     return text[:1].upper() + text[1:] if text[:1].isalpha() else text
 
 
@@ -215,10 +215,13 @@ def _tasks() -> str:
         text += f"\n## {name}\n\n{_docstring(task)}\n\n"
         rows = []
         for parameter, declared in task.get_params():
+            meaning = (declared.description or "").partition(" Choices: ")[0]
+            if not meaning:
+                continue  # Luigi tells two runs apart by it; nobody gives it
             kind = "–" if isinstance(declared, luigi.BoolParameter) else _parameter_type(declared)
             is_required = declared._default is _no_value
             default = "required" if is_required else "–"
-            rows.append([f"`--{parameter.replace('_', '-')}`", kind, default, _sentence(declared.description or "")])
+            rows.append([f"`--{parameter.replace('_', '-')}`", kind, default, _sentence(meaning)])
         text += table(["option", "value", "default", "meaning"], rows)
     return text
 
