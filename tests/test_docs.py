@@ -44,6 +44,7 @@ FENCE = re.compile(
 )
 MARK = "<<< block {} >>>"
 NOT_RUN_AT_MOST = 36
+PAGE_TIMEOUT_S = 200.0
 KAFKA = "127.0.0.1:9092"
 
 
@@ -118,23 +119,28 @@ def test_a_page_does_what_it_says(page: Path, clone: Path, request: pytest.Fixtu
 
 def shell(script: str, folder: Path, **settings: object) -> str:
     """Run a script as a person's shell would; everything that it started ends with it."""
-    process = subprocess.Popen(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=folder,
-        env={**environment(**settings), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    log = folder.parent / "output.txt"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=folder,
+            env={**environment(**settings), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        output, _ = process.communicate(timeout=280)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PAGE_TIMEOUT_S)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        logs = [f"\n{log.name}: {log.read_text(errors='replace')[-2_000:]}" for log in folder.parent.rglob("*.log")]
-    assert process.returncode == 0, output[-4_000:] + "".join(logs)
+        process.wait()
+    output = log.read_text(encoding="utf-8", errors="replace")
+    if process.returncode != 0:
+        others = [f"\n{other}: {other.read_text(errors='replace')[-2_000:]}" for other in folder.parent.rglob("*.log")]
+        pytest.fail(f"the page ended with {process.returncode}:\n{output[-4_000:]}{''.join(others)}")
     return output
 
 
