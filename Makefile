@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock check format test campaign campaign-stores campaign-batch chaos fuzz demo up bench bench-stream bench-stores bench-batch clean
+.PHONY: help setup lock check docs format test campaign campaign-stores campaign-batch chaos fuzz demo up bench bench-stream bench-stores bench-batch clean
 
 VENV ?= .venv
 STAMP := $(VENV)/.headrace-setup
@@ -44,12 +44,17 @@ lock: ## resolve both locks anew from pyproject.toml, after a change there (need
 	uv pip compile pyproject.toml --group dev $(LOCK_OPTIONS) --output-file requirements.lock
 	uv pip compile pyproject.toml --constraints requirements.lock $(LOCK_OPTIONS) --output-file requirements-runtime.lock
 
-check: setup ## formatting, lint, types, import directions
+check: setup ## formatting, lint, types, import directions, links of the documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/zensical build --clean --strict
+
+docs: setup ## write the reference from the code, and serve the documentation on http://127.0.0.1:8000 while it is edited
+	$(PYTHON) -m tests.reference
+	$(BIN)/zensical serve --dev-addr 127.0.0.1:8000
 
 format: setup ## format the code and apply the linter's safe fixes
 	$(BIN)/ruff format .

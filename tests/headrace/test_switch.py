@@ -22,6 +22,8 @@ from headrace.repository import contracts
 from tests.servers import environment, feast_apply
 from tests.servers.repository import ROOT
 
+PAGE = ROOT / "docs" / "how-to" / "existing-repository.md"
+
 DEFINITIONS = """
 from datetime import timedelta
 
@@ -83,10 +85,10 @@ def history(store: FeatureStore, at_hours: int) -> list[float]:
 
 
 def documented(start: str) -> list[str]:
-    """The command of the way back in docs/reference/stores.md that has these words, in words."""
-    text = (ROOT / "docs/reference/stores.md").read_text(encoding="utf-8")
+    """The command of the way back in the page that has these words, in words."""
+    text = PAGE.read_text(encoding="utf-8")
     section = text.split("## Switch a repository over, and back")[1].split("\n## ")[0]
-    commands = re.findall(r"```\n(.*?)```|(?<!`)`([^`]+)`(?!`)", section, re.DOTALL)
+    commands = re.findall(r"```sh\n(.*?)```|(?<!`)`([^`]+)`(?!`)", section, re.DOTALL)
     (found,) = [block or inline for block, inline in commands if start in (block or inline)]
     return shlex.split(found.replace("\\\n", ""))
 
@@ -163,7 +165,7 @@ def test_there_and_back_again(
 
 
 def three_lines() -> str:
-    text = (ROOT / "docs/reference/stores.md").read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     return text.split("```yaml\n")[1].split("```")[0]
 
 
