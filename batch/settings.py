@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
+from headrace.secret_files import filled
 from headrace.settings import Settings, load
 
 
@@ -18,7 +19,8 @@ class BatchSettings(Settings):
 
     Attributes:
         source_url: the database of the views with a source table, as a SQLAlchemy URL: `sqlite:///data/source.db`
-            (relative to the working directory).
+            (relative to the working directory). `${NAME}` in it is the variable or the file of that name in the
+            folder of secrets, quoted as a URL wants it.
         batch_folder: raw and clean data, rejects, reports and receipts; relative to the feature repository,
             like every
             path of it, so that a copy of the repository has a chain of its own.
@@ -52,6 +54,11 @@ class BatchSettings(Settings):
     batch_keep_days: float = Field(14, ge=0)
     report_url: str | None = None
     batch_webhook_url: SecretStr | None = None
+
+    @field_validator("source_url")
+    @classmethod
+    def _fill_in_secrets(cls, url: SecretStr | None) -> SecretStr | None:
+        return url and SecretStr(filled(url.get_secret_value(), "the URL", partial(quote, safe="")))
 
     @field_validator("batch_webhook_url")
     @classmethod
