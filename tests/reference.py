@@ -72,11 +72,7 @@ def attributes(owner: type) -> dict[str, str]:
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A table of Markdown; a bar in a cell does not end it."""
-    lines = [
-        list(heads),
-        ["---"] * len(list(heads)),
-        *([str(cell).replace("|", "\\|") for cell in row] for row in rows),
-    ]
+    lines = [list(heads), ["---"] * len(list(heads)), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
@@ -141,7 +137,7 @@ def _default(value: object) -> str:
 
 
 def _sentence(text: str) -> str:
-    text = text.strip().replace("``", "`")
+    text = re.sub(r"; None [^.;]*|^the view's tag of that name, ", "", text.strip())
     return text[:1].upper() + text[1:] if text[:1].isalpha() else text
 
 
@@ -219,10 +215,13 @@ def _tasks() -> str:
         text += f"\n## {name}\n\n{_docstring(task)}\n\n"
         rows = []
         for parameter, declared in task.get_params():
+            meaning = (declared.description or "").partition(" Choices: ")[0]
+            if not meaning:
+                continue  # Luigi tells two runs apart by it; nobody gives it
             kind = "–" if isinstance(declared, luigi.BoolParameter) else _parameter_type(declared)
             is_required = declared._default is _no_value
             default = "required" if is_required else "–"
-            rows.append([f"`--{parameter.replace('_', '-')}`", kind, default, _sentence(declared.description or "")])
+            rows.append([f"`--{parameter.replace('_', '-')}`", kind, default, _sentence(meaning)])
         text += table(["option", "value", "default", "meaning"], rows)
     return text
 
@@ -279,9 +278,7 @@ def _metrics() -> str:
     jobs = metrics.Runs({name: {} for name in metrics._LABELS})
     heads = ["metric", "kind", "labels", "meaning"]
     text += "\n## Of a worker\n\nOn `/metrics` of its pages.\n\n" + table(heads, worker)
-    text += (
-        "\n`process_*` are the usual ones of the Prometheus client: resident memory, processor seconds, open files.\n"
-    )
+    text += "\n`process_*` are the usual ones of the Prometheus client: resident memory, processor seconds, open files.\n"
     text += "\n## Of the batch chain\n\nIn `history/headrace_batch.prom` of the work folder.\n\n"
     return text + table(heads, _families([jobs]))
 
@@ -328,11 +325,7 @@ def _errors() -> str:
     rows = [
         [
             f"`{error.__name__}`",
-            "yes"
-            if issubclass(error, errors.TransientError)
-            else "no"
-            if issubclass(error, errors.TerminalError)
-            else "–",
+            "yes" if issubclass(error, errors.TransientError) else "no" if issubclass(error, errors.TerminalError) else "–",
             (inspect.getdoc(error) or "").partition("\n\n")[0].replace("\n", " "),
         ]
         for error in dict.fromkeys(found)
