@@ -51,6 +51,7 @@ check: setup ## formatting, lint, types, import directions, links of the documen
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(BIN)/zensical build --clean --strict
+	$(BIN)/hadolint Dockerfile
 
 docs: setup ## write the reference from the code, and serve the documentation on http://127.0.0.1:8000 while it is edited
 	$(PYTHON) -m tests.reference
@@ -85,7 +86,7 @@ fuzz: setup ## a million hostile records, JSON and Avro, through real workers, a
 demo: setup ## the whole path once: broker, database, worker, batch chain, then a table that says whether all agrees
 	@$(PYTHON) -m demo.run
 
-up: setup ## the same, and stay: Luigi on 8082, worker pages on 6066, feast ui on 8888
+up: setup ## the same, and stay: Luigi on 8082, worker pages on 6066, feast serve on 6566, feast ui on 8888
 	@$(PYTHON) -m demo.up
 
 bench: setup ## the benchmarks, short: the stream, and a few rows of the stores and the batch chain (about two minutes)
