@@ -20,7 +20,7 @@ from typing import Any
 import annotated_types
 import click
 import luigi
-from luigi.parameter import _no_value
+from luigi.parameter import _no_value  # type: ignore[attr-defined]
 from prometheus_client.registry import Collector
 from pydantic import SecretStr
 
@@ -174,7 +174,7 @@ def _nothing() -> Callable[[], None]:
 
 def _declared(found: Iterable[type], where: types.ModuleType) -> list[Any]:
     """Those of a module, in the order in which it declares them."""
-    return sorted((one for one in found if one.__module__ == where.__name__), key=lambda one: _line(one))
+    return sorted((one for one in found if one.__module__ == where.__name__), key=_line)
 
 
 def _line(owner: type) -> int:
@@ -349,7 +349,8 @@ def _errors() -> str:
 
 
 def _below(root: type) -> Iterator[type]:
-    for child in root.__subclasses__():
+    children: list[type] = root.__subclasses__()
+    for child in children:
         yield child
         yield from _below(child)
 

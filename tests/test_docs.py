@@ -113,7 +113,8 @@ def test_a_page_does_what_it_says(page: Path, clone: Path, request: pytest.Fixtu
     output = shell(script, clone, web_port=addresses["6066"])
     for number, block in enumerate(blocks):
         if block.kind == "text" and block.mark is None:
-            assert number and blocks[number - 1].is_run, f"block {number} is the output of no block that runs"
+            assert number > 0, f"block {number} is the output of no block"
+            assert blocks[number - 1].is_run, f"block {number} is the output of no block that runs"
             printed = _of_block(output, number - 1)
             for line in block.text.splitlines():
                 assert _pattern(line).search(printed), f"block {number}: expected `{line}`, found:\n{printed}"
