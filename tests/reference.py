@@ -20,7 +20,6 @@ from typing import Any
 import annotated_types
 import click
 import luigi
-from luigi.parameter import _no_value  # type: ignore[attr-defined]
 from prometheus_client.registry import Collector
 from pydantic import SecretStr
 
@@ -37,6 +36,7 @@ from streaming.health import Health
 from streaming.security import SecuritySettings
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
+NONE = "–"  # noqa: RUF001 - as in the other tables
 MADE = "<!-- Made by `python -m tests.reference` from the code; change it there. -->\n"
 
 
@@ -92,9 +92,11 @@ def _settings() -> str:
         ("The batch chain", "`luigi --module batch …`", BatchSettings, Settings),
     ]  # fmt: skip
     text = MADE + (
-        "\n# Settings\n\nVariables of the environment, or lines of a file `.env` in the folder where the command starts; "
-        "the environment wins.\nAn empty variable counts as not set. They are read once, at start; a wrong one is an error "
-        "that names it, and never its value.\n"
+        "\n# Settings\n\nVariables of the environment, or lines of a file `.env` in the folder where the "
+        "command starts; "
+        "the environment wins.\nAn empty variable counts as not set. They are read once, at start; a wrong one is an "
+        "error that names it, and never its value.\nA secret may also be a file: "
+        "[deploy with Compose](../how-to/deploy.md).\n"
     )
     for title, what, owner, base in parts:
         meanings = attributes(owner)
@@ -151,7 +153,8 @@ def _sentence(text: str) -> str:
 def _commands() -> str:
     text = MADE + (
         "\n# Commands of the stream\n\n`faust -A streaming COMMAND …`, in a folder from which "
-        "[the settings](settings.md) lead to the feature repository. Each ends with 0 if it did what was asked, with 1 and "
+        "[the settings](settings.md) lead to the feature repository. Each ends with 0 if it did what was asked, "
+        "with 1 and "
         "one line `headrace: …` if not, with 2 for an option that there is not, and with 130 after Ctrl-C.\n\n"
         "`faust -A streaming worker -l info` is the daemon: [Run the worker](../how-to/operations.md) has all of it.\n"
     )
@@ -183,7 +186,7 @@ def _line(owner: type) -> int:
 
 def _click_type(option: click.Option) -> str:
     if option.is_flag:
-        return "–"
+        return NONE
     kind = option.type
     if isinstance(kind, click.Choice):
         return ", ".join(f"`{choice}`" for choice in kind.choices)
@@ -198,7 +201,7 @@ def _click_default(option: click.Option) -> str:
     if option.required:
         return "required"
     default = option.default
-    return f"`{default:g}`" if isinstance(default, int | float) and not isinstance(default, bool) else "–"
+    return f"`{default:g}`" if isinstance(default, int | float) and not isinstance(default, bool) else NONE
 
 
 # Tasks
@@ -207,7 +210,8 @@ def _click_default(option: click.Option) -> str:
 def _tasks() -> str:
     text = MADE + (
         "\n# Tasks of the batch chain\n\n`luigi --module batch TASK …`, in a folder with `luigi.cfg`, with "
-        "`--local-scheduler` where no luigid runs. A parameter is an option: `run_date` is `--run-date`. Days and minutes "
+        "`--local-scheduler` where no luigid runs. A parameter is an option: `run_date` is `--run-date`. Days "
+        "and minutes "
         "are UTC. A task whose receipt exists is complete and does nothing; what a command may end with: "
         "[exit codes](exit-codes.md).\n\n`--workers N` lets N tasks run side by side, and every other option of Luigi "
         "works too.\n"
@@ -222,9 +226,9 @@ def _tasks() -> str:
             meaning = (declared.description or "").partition(" Choices: ")[0]
             if not meaning:
                 continue  # Luigi tells two runs apart by it; nobody gives it
-            kind = "–" if isinstance(declared, luigi.BoolParameter) else _parameter_type(declared)
-            is_required = declared._default is _no_value
-            default = "required" if is_required else "–"
+            kind = NONE if isinstance(declared, luigi.BoolParameter) else _parameter_type(declared)
+            is_required = not declared.has_task_value(name, parameter)
+            default = "required" if is_required else NONE
             rows.append([f"`--{parameter.replace('_', '-')}`", kind, default, _sentence(meaning)])
         text += table(["option", "value", "default", "meaning"], rows)
     return text
@@ -273,7 +277,8 @@ def _tags() -> str:
 
 def _metrics() -> str:
     text = MADE + (
-        "\n# Metrics\n\nCounters end in `_total`, times are seconds, sizes bytes. Labels are names of views, topics, steps, "
+        "\n# Metrics\n\nCounters end in `_total`, times are seconds, sizes bytes. Labels are names of views, "
+        "topics, steps, "
         "stores, reasons, kinds and tasks, and numbers of partitions; nothing of an event.\n\n"
         "What each says, and which alerts are enough: [Run the worker](../how-to/operations.md#metrics) and "
         "[What ran](../how-to/history.md#metrics).\n"
@@ -318,7 +323,8 @@ def _dead_letters() -> str:
         + "\n## Reasons\n\n"
         + table(["reason", "meaning"], reasons)
         + "\nWhat each format makes of a fault: [message formats](../how-to/formats.md#what-becomes-of-faults). To list and "
-        "replay letters: [`dead-letters`](commands.md#dead-letters), [`replay`](commands.md#replay). At least once: after a "
+        "replay letters: [`dead-letters`](commands.md#dead-letters), [`replay`](commands.md#replay). At least "
+        "once: after a "
         "crash a letter may be there twice, with the same origin.\n"
     )
 
@@ -331,21 +337,26 @@ def _errors() -> str:
     rows = [
         [
             f"`{error.__name__}`",
-            "yes"
-            if issubclass(error, errors.TransientError)
-            else "no"
-            if issubclass(error, errors.TerminalError)
-            else "–",
+            _retried(error),
             (inspect.getdoc(error) or "").partition("\n\n")[0].replace("\n", " "),
         ]
         for error in dict.fromkeys(found)
     ]
     return MADE + (
-        "\n# Errors\n\nWhat Headrace raises on purpose is a `headrace.errors.HeadraceError`; its message says in one line what "
-        "was expected, what was found, where, and what to do. The stream and Luigi try again what may pass, and end at once "
+        "\n# Errors\n\nWhat Headrace raises on purpose is a `headrace.errors.HeadraceError`; its message says "
+        "in one line what "
+        "was expected, what was found, where, and what to do. The stream and Luigi try again what may pass, and "
+        "end at once "
         "with what will not. Messages of the worker, one by one: "
-        "[Run the worker](../how-to/operations.md#messages-and-what-to-do).\n\n" + table(["error", "a retry may help", "meaning"], rows)
+        "[Run the worker](../how-to/operations.md#messages-and-what-to-do).\n\n"
+        + table(["error", "a retry may help", "meaning"], rows)
     )  # fmt: skip
+
+
+def _retried(error: type) -> str:
+    if issubclass(error, errors.TransientError):
+        return "yes"
+    return "no" if issubclass(error, errors.TerminalError) else NONE
 
 
 def _below(root: type) -> Iterator[type]:
