@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
+from headrace.secret_files import filled
 from headrace.settings import Settings, load
 
 
@@ -17,7 +18,8 @@ class BatchSettings(Settings):
 
     Attributes:
         source_url: the database of the views with a source table, as a SQLAlchemy URL: `sqlite:///data/source.db`
-            (relative to the working directory).
+            (relative to the working directory). `${NAME}` in it is the variable or the file of that name in the
+            folder of secrets, quoted as a URL wants it.
         window: which day a row belongs to: the day on which it arrived (`created`), or that of its event
             time.
         reread_days: how many days before the requested one are read again with it.
@@ -44,6 +46,11 @@ class BatchSettings(Settings):
     compact_grace_s: float = Field(3600, ge=0)
     batch_keep_days: float = Field(14, ge=0)
     batch_webhook_url: SecretStr | None = None
+
+    @field_validator("source_url")
+    @classmethod
+    def _fill_in_secrets(cls, url: SecretStr | None) -> SecretStr | None:
+        return url and SecretStr(filled(url.get_secret_value(), "the URL", partial(quote, safe="")))
 
     @field_validator("batch_webhook_url")
     @classmethod

@@ -33,7 +33,7 @@ from feast.infra.online_stores.redis import (
     _versioned_fv_name,
 )
 from google.protobuf.timestamp_pb2 import Timestamp
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, field_validator
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
 from headrace import redis_scripts as scripts
@@ -43,6 +43,7 @@ from headrace.errors import TransientError
 from headrace.faults import reached
 from headrace.online import FeastRow, Mark, StoredRows, encode_feast_rows, event_times, feature_types, stock_order
 from headrace.resp import as_bytes, commands
+from headrace.secret_files import filled
 from headrace.values import BINARY, joined, to_list
 
 _CALLS_AT_ONCE = 3  # the server works on one while the next is packed
@@ -71,6 +72,11 @@ class HeadraceRedisOnlineStoreConfig(RedisOnlineStoreConfig):
 
     type: Literal["headrace.redis.HeadraceRedisOnlineStore"] = "headrace.redis.HeadraceRedisOnlineStore"  # type: ignore[assignment]
     replicas_to_wait: NonNegativeInt = 0
+
+    @field_validator("connection_string")
+    @classmethod
+    def _fill_in_secrets(cls, text: str) -> str:
+        return filled(text, "online_store.connection_string")
 
 
 class HeadraceRedisOnlineStore(RedisOnlineStore):

@@ -1,4 +1,6 @@
-"""Relative SQLite registries, resolved as every other path of a feature repository: against its folder.
+"""What Feast leaves open of an SQL registry's URL: relative SQLite files, and secrets in files.
+
+A relative file is meant as every other path of a feature repository: against its folder.
 
 Feast hands an SQL registry's URL to SQLAlchemy as it is, so `sqlite:///../data/registry.db` would mean another file in
 each working directory. A custom registry class cannot be named in `feature_store.yaml`, therefore the one property
@@ -7,11 +9,15 @@ through which Feast reads the registry's configuration is wrapped, once, when a 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from feast.repo_config import RepoConfig
 from sqlalchemy.engine import make_url
+
+from headrace.secret_files import filled
 
 
 def absolute_url(url: str, repo_path: Path) -> str:
@@ -38,10 +44,13 @@ def install() -> None:
     def registry(self: RepoConfig) -> Any:
         config = original.fget(self)
         if config is not None and config.registry_type == "sql" and self.repo_path is not None:
-            config.path = absolute_url(config.path, self.repo_path)
+            config.path = url(config.path, self.repo_path)
             if config.read_path:
-                config.read_path = absolute_url(config.read_path, self.repo_path)
+                config.read_path = url(config.read_path, self.repo_path)
         return config
+
+    def url(text: str, repo_path: Path) -> str:
+        return absolute_url(filled(text, "registry.path", partial(quote, safe="")), repo_path)
 
     registry.resolves_relative_paths = True  # type: ignore[attr-defined]
     RepoConfig.registry = property(registry)  # type: ignore[method-assign, assignment]

@@ -1,4 +1,4 @@
-"""Settings from `HEADRACE_*` variables and an optional `.env` file: one frozen, validated object a process."""
+"""Settings from `HEADRACE_*` variables, `.env` and files of secrets: one frozen, validated object a process."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from headrace import secret_files
 from headrace.errors import ConfigError
 
 PREFIX = "HEADRACE_"
@@ -67,13 +68,19 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def load(settings: type[SettingsT]) -> SettingsT:
-    """Read the settings once, from the environment first and `.env` second.
+    """Read the settings once: from the environment, else from `.env`, else from files in the folder of secrets.
 
     Raises:
         ConfigError: names every variable that is wrong, and why; never its value.
     """
+    folder = secret_files.folder()
     try:
-        return settings()
+        return settings(_secrets_dir=folder if folder.is_dir() else None)  # type: ignore[call-arg] # its plugin hides it
+    except SettingsError as error:  # a file that cannot be read
+        cause = error.__cause__
+        reason = cause.strerror if isinstance(cause, OSError) else type(cause).__name__
+        msg = f"invalid settings: {error} ({reason}); files of secrets are in {folder}"
+        raise ConfigError(msg) from None
     except ValidationError as error:
         faults = []
         for fault in error.errors(include_input=False, include_url=False):
@@ -87,6 +94,7 @@ def _source(name: str) -> str:
     """Where a setting was read from."""
     if any(name == known.upper() for known, value in os.environ.items() if value):
         return "environment"
-    return (
-        ".env" if any(name == known.upper() for known, value in dotenv_values(".env").items() if value) else "not set"
-    )
+    if any(name == known.upper() for known, value in dotenv_values(".env").items() if value):
+        return ".env"
+    folder = secret_files.folder()
+    return str(folder) if folder.is_dir() and name in {path.name.upper() for path in folder.iterdir()} else "not set"
