@@ -23,8 +23,17 @@ _SUCCESS = "headrace_batch_last_success_timestamp_seconds"
 _DURATION = "headrace_batch_last_duration_seconds"
 _ROWS = "headrace_batch_last_rows"
 _RUNS = "headrace_batch_runs"
+_FAILURE = "headrace_batch_failure_timestamp_seconds"
+_DIVERGED = "headrace_batch_audit_diverged_keys"
 _TASK = ("task", "view", "sample")
-_LABELS = {_SUCCESS: _TASK, _DURATION: _TASK, _ROWS: _TASK, _RUNS: (*_TASK, "outcome")}
+_LABELS = {
+    _SUCCESS: _TASK,
+    _DURATION: _TASK,
+    _ROWS: _TASK,
+    _RUNS: (*_TASK, "outcome"),
+    _FAILURE: (*_TASK, "date"),
+    _DIVERGED: ("view",),
+}
 
 _Samples = dict[str, dict[tuple[str, ...], float]]
 
@@ -42,17 +51,32 @@ class Runs(Collector):
             GaugeMetricFamily(_DURATION, "How long that took.", labels=_TASK),
             GaugeMetricFamily(_ROWS, "Rows it had; keys written, of Materialize; compared, of Audit.", labels=_TASK),
             CounterMetricFamily(_RUNS, "Tries of the task that ended, by outcome.", labels=_LABELS[_RUNS]),
+            GaugeMetricFamily(
+                _FAILURE, "When the task failed; gone as soon as it is done, for the same day.", labels=_LABELS[_FAILURE]
+            ),
+            GaugeMetricFamily(
+                _DIVERGED,
+                "Keys that an audit found to differ; 0 after an audit of all keys or a repair.",
+                labels=_LABELS[_DIVERGED],
+            ),
         ):
             for values, number in self._samples[family.name].items():
                 family.add_metric(values, number)
             yield family
 
 
-def count(path: Path, run: Run) -> None:
+def count(path: Path, run: Run, *, diverged: int | None = None) -> None:
     """Add a run that ended to the file, atomically.
 
     A day that a later run read again counts as a run, but is not the task's last success, duration and rows. Of an
     audit of a sample the label `sample` is the share; of all else it is empty, which to Prometheus is no label.
+    Failures are told by a gauge that stays until the day is done, and not by a counter alone: a counter that appears
+    with its first failure has not risen, as far as Prometheus can see.
+
+    Args:
+        path: the file.
+        run: the run.
+        diverged: how many keys an audit found to differ. A sample in which none does takes nothing back.
 
     Raises:
         OSError: the file cannot be written.
@@ -68,9 +92,25 @@ def count(path: Path, run: Run) -> None:
             for gauge, value in last.items():
                 if value is not None:
                     samples[gauge][name] = value
+        failure = (*name, run.parameters.get("date", ""))
+        if run.outcome == "done":
+            samples[_FAILURE].pop(failure, None)
+        else:
+            samples[_FAILURE][failure] = (run.end or run.start).timestamp()
+        _count_diverged(samples[_DIVERGED], run, diverged)
         registry = CollectorRegistry()
         registry.register(Runs(samples))
         write_to_textfile(str(path), registry)
+
+
+def _count_diverged(diverged_of: dict[tuple[str, ...], float], run: Run, diverged: int | None) -> None:
+    if diverged is not None:
+        diverged_of[run.view,] = diverged
+    elif run.outcome == "done" and run.task in {"Audit", "Repair"}:
+        if run.sample:
+            diverged_of.setdefault((run.view,), 0)
+        else:
+            diverged_of[run.view,] = 0
 
 
 def _read(path: Path) -> _Samples:
@@ -79,7 +119,7 @@ def _read(path: Path) -> _Samples:
     try:
         for family in text_string_to_metric_families(path.read_text(encoding="utf-8")):
             for sample in family.samples:
-                samples[family.name][*({"sample": "", **sample.labels}[label] for label in _LABELS[family.name])] = (
+                samples[family.name][*({"sample": "", "date": "", **sample.labels}[label] for label in _LABELS[family.name])] = (
                     sample.value
                 )
     except (FileNotFoundError, ValueError, KeyError):

@@ -28,6 +28,7 @@ from batch.folder import read_json
 from batch.ledger import Entry, Ledger
 from batch.settings import settings
 from batch.tasks import ViewTask, report_url
+from batch.upkeep import DivergedError
 from headrace import __version__
 from headrace.errors import ConfigError, HeadraceError, TerminalError
 from headrace.runs import HISTORY, Run
@@ -78,7 +79,8 @@ def failed(task: ViewTask, error: BaseException) -> None:
     if task.view and task.is_recorded:
         entry = _entry(task)
         is_final = isinstance(error, TerminalError) or _is_last(task, entry.run)
-        _tell(_end(task, entry, outcome="failed", error=in_one_line(error), is_final=is_final))
+        diverged = error.keys if isinstance(error, DivergedError) else None
+        _tell(_end(task, entry, diverged, outcome="failed", error=in_one_line(error), is_final=is_final))
 
 
 def lost(task: ViewTask, message: str) -> None:
@@ -156,7 +158,7 @@ def _entry(task: ViewTask) -> Entry:
     return _entries.pop(task.task_id, None) or ledger().entry(_run(task))
 
 
-def _end(task: ViewTask, entry: Entry, **changes: Any) -> Run:
+def _end(task: ViewTask, entry: Entry, diverged: int | None = None, **changes: Any) -> Run:
     report = task.page()
     if report is not None and report.exists():
         changes["report"] = report.relative_to(settings().folder).as_posix()
@@ -164,7 +166,7 @@ def _end(task: ViewTask, entry: Entry, **changes: Any) -> Run:
     with _not_fatal():
         entry.close(run)
     with _not_fatal():
-        metrics.count(ledger().folder / metrics.FILE, run)
+        metrics.count(ledger().folder / metrics.FILE, run, diverged=diverged)
     return run
 
 

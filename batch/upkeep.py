@@ -22,7 +22,18 @@ from headrace.errors import ConfigError, TerminalError
 
 
 class DivergedError(TerminalError):
-    """The stores differ. The report says where."""
+    """The stores differ. The report says where.
+
+    Attributes:
+        keys: how many keys differ.
+    """
+
+    def __init__(self, message: str, keys: int) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+    def __reduce__(self) -> tuple[type[DivergedError], tuple[str, int]]:
+        return (type(self), (str(self), self.keys))
 
 
 def now() -> datetime:
@@ -144,7 +155,7 @@ class Audit(UpkeepTask):
         if found.diverged:
             command = audit_report.repair_command(found)
             msg = f"view `{self.view}`: {audit_report.summary(found)}; see {url}; to mend it: {command}"
-            raise DivergedError(msg)
+            raise DivergedError(msg, found.diverged)
         return {
             "report": url,
             "sample": self.sample,

@@ -29,7 +29,7 @@ from batch import Clean, Ingest, Materialize, history, metrics, notice
 from batch.ledger import Ledger
 from batch.recording import in_one_line
 from headrace.errors import ConfigError
-from headrace.runs import Run
+from headrace.runs import Outcome, Run
 from tests.batch.place import GOOD, D, Place, build, good_rides, place_in, zone_rows
 
 STEPS = ["Ingest", "Clean", "ExploreAndValidate", "OfflineStore", "Materialize"]
@@ -288,8 +288,12 @@ def test_history_needs_a_day_and_a_repository(place: Place) -> None:
 def test_a_torn_metrics_file_is_made_anew(content: str, tmp_path: Path) -> None:
     path = tmp_path / metrics.FILE
     path.write_text(content, encoding="utf-8")
-    metrics.count(path, msgspec.structs.replace(a_run(), outcome="failed"))
-    assert _values(path) == {("headrace_batch_runs_total", "Ingest", "rides", "failed"): 1}
+    run = msgspec.structs.replace(a_run(), outcome="failed")
+    metrics.count(path, run)
+    assert _values(path) == {
+        ("headrace_batch_runs_total", "Ingest", "rides", "failed"): 1,
+        ("headrace_batch_failure_timestamp_seconds", "Ingest", "rides", None): run.start.timestamp(),
+    }
 
 
 def test_a_day_that_was_read_again_is_not_the_last_success(tmp_path: Path) -> None:
@@ -301,6 +305,47 @@ def test_a_day_that_was_read_again_is_not_the_last_success(tmp_path: Path) -> No
     found = _values(path)
     assert found["headrace_batch_last_rows", "Ingest", "rides", None] == 7
     assert found["headrace_batch_runs_total", "Ingest", "rides", "done"] == 2
+
+
+def test_a_failure_is_told_of_until_the_same_day_is_done(tmp_path: Path) -> None:
+    path = tmp_path / metrics.FILE
+    now = datetime.now(UTC)
+    ends: dict[str, Outcome] = {"2026-03-10": "failed", "2026-03-11": "killed"}
+    for day, outcome in ends.items():
+        parameters = {**a_run().parameters, "date": day, "run_date": "2026-03-11"}
+        metrics.count(path, msgspec.structs.replace(a_run(), outcome=outcome, end=now, parameters=parameters))
+    assert _failing(path) == {"2026-03-10": now.timestamp(), "2026-03-11": now.timestamp()}
+    parameters = {**a_run().parameters, "date": "2026-03-10", "run_date": "2026-03-14"}
+    metrics.count(path, msgspec.structs.replace(a_run(), outcome="done", end=now, parameters=parameters))
+    assert _failing(path) == {"2026-03-11": now.timestamp()}
+
+
+def test_diverged_keys_stay_until_all_were_compared_or_mended(tmp_path: Path) -> None:
+    path = tmp_path / metrics.FILE
+
+    def after(task: str, outcome: Outcome, diverged: int | None = None, sample: str = "1") -> float:
+        parameters = {"view": "rides", "at": "2026-03-10T0815", **({"sample": sample} if task == "Audit" else {})}
+        run = msgspec.structs.replace(a_run(), task=task, outcome=outcome, parameters=parameters)
+        metrics.count(path, run, diverged=diverged)
+        return _values(path).get(("headrace_batch_audit_diverged_keys", None, "rides", None), -1)
+
+    assert after("Audit", "failed") == -1
+    assert after("Audit", "done", sample="0.01") == 0
+    assert after("Audit", "failed", 3, sample="0.01") == 3
+    assert after("Audit", "done", sample="0.01") == 3
+    assert after("Audit", "failed") == 3
+    assert after("Repair", "done") == 0
+    assert after("Audit", "failed", 5) == 5
+    assert after("Audit", "done") == 0
+
+
+def _failing(path: Path) -> dict[str, float]:
+    return {
+        sample.labels["date"]: sample.value
+        for family in text_string_to_metric_families(path.read_text(encoding="utf-8"))
+        for sample in family.samples
+        if sample.name == "headrace_batch_failure_timestamp_seconds"
+    }
 
 
 @contextmanager
@@ -378,10 +423,10 @@ def measured(place: Place) -> dict[tuple[str, str, str, str | None], float]:
     return _values(ledger(place).folder / metrics.FILE)
 
 
-def _values(path: Path) -> dict[tuple[str, str, str, str | None], float]:
+def _values(path: Path) -> dict[tuple[str, str | None, str, str | None], float]:
     """By name, task, view and outcome."""
     return {
-        (sample.name, sample.labels["task"], sample.labels["view"], sample.labels.get("outcome")): sample.value
+        (sample.name, sample.labels.get("task"), sample.labels["view"], sample.labels.get("outcome")): sample.value
         for family in text_string_to_metric_families(path.read_text(encoding="utf-8"))
         for sample in family.samples
     }
