@@ -1,6 +1,6 @@
 # One image for every process of Headrace: worker, batch, Luigi's scheduler, Feast's servers. The command says which.
 # It runs as an ordinary user on a read-only root file system: what is written goes to /srv/data, /srv/state, /tmp and,
-# by the luigi command, to /srv/.luigi-locks. docs/deploy.md says how to pin the bases by digest.
+# by the luigi command, to /srv/.luigi-locks. docs/how-to/deploy.md says how to pin the bases by digest.
 
 FROM golang:1.26.5-bookworm AS scheduler
 RUN CGO_ENABLED=0 GOBIN=/out go install -trimpath -ldflags=-s github.com/aptible/supercronic@v0.2.48
