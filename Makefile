@@ -50,6 +50,7 @@ check: setup ## formatting, lint, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/hadolint Dockerfile
 
 format: setup ## format the code and apply the linter's safe fixes
 	$(BIN)/ruff format .
@@ -80,7 +81,7 @@ fuzz: setup ## a million hostile records, JSON and Avro, through real workers, a
 demo: setup ## the whole path once: broker, database, worker, batch chain, then a table that says whether all agrees
 	@$(PYTHON) -m demo.run
 
-up: setup ## the same, and stay: Luigi on 8082, worker pages on 6066, feast ui on 8888
+up: setup ## the same, and stay: Luigi on 8082, worker pages on 6066, feast serve on 6566, feast ui on 8888
 	@$(PYTHON) -m demo.up
 
 bench: setup ## the benchmarks, short: the stream, and a few rows of the stores and the batch chain (about two minutes)

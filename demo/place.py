@@ -22,6 +22,7 @@ LUIGI_PORT = 8082
 REPORTS_PORT = 8083
 WORKER_PORT = 6066
 UI_PORT = 8888
+SERVE_PORT = 6566
 
 
 def program(name: str) -> str:

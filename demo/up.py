@@ -2,7 +2,7 @@
 
 Prepares the source database and the registry, then hands over to honcho, which runs the Procfile to Ctrl-C:
 the embedded broker, Luigi's scheduler, the reports, the worker, a steady emitter, the batch chain for yesterday and an
-audit once, and Feast's UI.
+audit once, and Feast's server and UI.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from demo.place import (
     REPORTS,
     REPORTS_PORT,
     ROOT,
+    SERVE_PORT,
     UI_PORT,
     WORKER_PORT,
     environment,
@@ -35,6 +36,7 @@ PORTS = {
     "REPORTS_PORT": REPORTS_PORT,
     "HEADRACE_WEB_PORT": WORKER_PORT,
     "UI_PORT": UI_PORT,
+    "SERVE_PORT": SERVE_PORT,
 }
 
 
@@ -65,6 +67,7 @@ def prepare() -> dict[str, str]:
         f"\n  Luigi's scheduler   http://127.0.0.1:{ports['LUIGI_PORT']}/\n"
         f"  reports             http://127.0.0.1:{ports['REPORTS_PORT']}/history.html, and what Luigi's pages link\n"
         f"  worker              http://127.0.0.1:{ports['HEADRACE_WEB_PORT']}/metrics (/healthz, /readyz)\n"
+        f"  feast serve         http://127.0.0.1:{ports['SERVE_PORT']}/get-online-features (POST; /docs has the form)\n"
         f"  feast ui            http://127.0.0.1:{ports['UI_PORT']}/\n\n"
         "  The embedded broker forgets everything when it ends. Ctrl-C ends it all; data/ stays.\n",
         flush=True,

@@ -1,8 +1,10 @@
-"""The Compose file and the image hold to what the documentation says of them."""
+"""The Compose file, the image and the monitoring hold to what the documentation says of them."""
 
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = ROOT / "docker-compose.yml"
+MONITORING = ROOT / "deploy" / "monitoring"
+HOW_TO = ROOT / "docs" / "how-to"
 Service = dict[str, Any]
 
 
@@ -26,10 +30,33 @@ def test_every_published_port_is_on_the_loopback(services: dict[str, Service]) -
     assert [port for port in ports if not re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port)] == []
 
 
-def test_no_password_has_a_default() -> None:
-    variables = re.findall(r"\$\{(\w+)([^}]*)\}", COMPOSE.read_text(encoding="utf-8"))
-    assert {name for name, _ in variables} == {"POSTGRES_PASSWORD", "VALKEY_PASSWORD"}
-    assert [name for name, rest in variables if not rest.startswith(":?")] == []
+def test_secrets_are_files_alone(services: dict[str, Service]) -> None:
+    text = COMPOSE.read_text(encoding="utf-8").replace("$$", "")
+    assert re.findall(r"\$\{?\w+", text) == []
+    secrets = yaml.safe_load(text)["secrets"]
+    assert {secret: entry["file"] for secret, entry in secrets.items()} == {
+        name: f"./secrets/{name}" for name in secrets
+    }
+    for name, service in services.items():
+        assert set(service.get("secrets", [])) <= set(secrets), name
+        for variable, value in service.get("environment", {}).items():
+            is_file = str(value).startswith("/run/secrets/")
+            assert "PASSWORD" not in variable or is_file, f"{name}: {variable}"
+
+
+def test_every_service_is_confined_and_bounded(services: dict[str, Service]) -> None:
+    for name, service in services.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert {"mem_limit", "cpus", "pids_limit", "restart"} <= set(service), name
+        assert "healthcheck" in service or service["restart"] == "no" or name == "batch", name
+
+
+def test_images_are_pinned_by_full_version(services: dict[str, Service]) -> None:
+    bases = re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    images = {*bases, *(service["image"] for service in services.values())}
+    assert [image for image in sorted(images) if not re.search(r":v?\d+\.\d+\.?\d*", image)] == []
 
 
 def test_what_is_waited_for_can_be_reached(services: dict[str, Service]) -> None:
@@ -72,3 +99,39 @@ def test_the_two_locks_agree_and_have_hashes() -> None:
 
     everything, runtime = pins("requirements.lock"), pins("requirements-runtime.lock")
     assert {name: pin for name, pin in runtime.items() if everything.get(name) != pin} == {}
+
+
+def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("promtool") or pytest.skip("no promtool (Debian: apt-get install prometheus)")
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["prometheus.yml", "prometheus.compose.yml"])
+def test_prometheus_takes_the_configuration(name: str) -> None:
+    checked = promtool("check", "config", MONITORING / name)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_each_alert_fires_when_it_should_and_not_else() -> None:
+    files = [MONITORING / name for name in ("rules_test.yml", "rules_days_test.yml")]
+    tried = promtool("test", "rules", *files)
+    assert tried.returncode == 0, tried.stdout + tried.stderr
+    expected = "".join(file.read_text(encoding="utf-8") for file in files)
+    assert [name for name in alerts() if f'alertname="{name}"\'' not in expected and f'"{name}",' not in expected] == []
+
+
+def test_each_alert_has_its_section_and_its_row() -> None:
+    runbook = (HOW_TO / "runbook.md").read_text(encoding="utf-8")
+    anchors = {heading.lower() for heading in re.findall(r"^## (\w+)$", runbook, flags=re.MULTILINE)}
+    table = (HOW_TO / "monitoring.md").read_text(encoding="utf-8")
+    for name, alert in alerts().items():
+        assert {"summary", "description", "runbook_url"} == set(alert["annotations"]), name
+        page, _, anchor = alert["annotations"]["runbook_url"].partition("#")
+        assert (page, anchor in anchors) == ("docs/how-to/runbook.md", True), name
+        assert f"`{name}`" in table, name
+    assert anchors <= {name.lower() for name in alerts()}
+
+
+def alerts() -> dict[str, dict[str, Any]]:
+    groups = yaml.safe_load((MONITORING / "rules.yml").read_text(encoding="utf-8"))["groups"]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
