@@ -52,7 +52,9 @@ class Runs(Collector):
             GaugeMetricFamily(_ROWS, "Rows it had; keys written, of Materialize; compared, of Audit.", labels=_TASK),
             CounterMetricFamily(_RUNS, "Tries of the task that ended, by outcome.", labels=_LABELS[_RUNS]),
             GaugeMetricFamily(
-                _FAILURE, "When the task failed; gone as soon as it is done, for the same day.", labels=_LABELS[_FAILURE]
+                _FAILURE,
+                "When the task failed; gone as soon as it is done, for the same day.",
+                labels=_LABELS[_FAILURE],
             ),
             GaugeMetricFamily(
                 _DIVERGED,
@@ -119,9 +121,9 @@ def _read(path: Path) -> _Samples:
     try:
         for family in text_string_to_metric_families(path.read_text(encoding="utf-8")):
             for sample in family.samples:
-                samples[family.name][*({"sample": "", "date": "", **sample.labels}[label] for label in _LABELS[family.name])] = (
-                    sample.value
-                )
+                samples[family.name][
+                    *({"sample": "", "date": "", **sample.labels}[label] for label in _LABELS[family.name])
+                ] = sample.value
     except (FileNotFoundError, ValueError, KeyError):
         return {name: {} for name in _LABELS}
     return samples

@@ -11,6 +11,7 @@ driver = Entity(
     join_keys=["driver_id"],
     value_type=ValueType.INT64,
     description="A driver, by its id",
+    owner="data@example.com",
 )
 
 driver_stats_history = FileSource(
@@ -19,6 +20,8 @@ driver_stats_history = FileSource(
     file_format=ParquetFormat(),
     timestamp_field="datetime",
     created_timestamp_column="created",
+    description="All that was accepted, in Parquet files: the offline store",
+    owner="data@example.com",
 )
 
 driver_stats_events = KafkaSource(
@@ -29,10 +32,13 @@ driver_stats_events = KafkaSource(
     created_timestamp_column="created",
     message_format=JsonFormat(schema_json=""),
     batch_source=driver_stats_history,
+    description="A driver's figures as they change, keyed by the driver",
+    owner="data@example.com",
 )
 
 driver_stats = FeatureView(
     name="driver_stats",
+    description="How a driver does: rates and trips, newest by event time",
     entities=[driver],
     ttl=timedelta(days=0),
     schema=[
@@ -62,4 +68,9 @@ driver_stats = FeatureView(
     owner="data@example.com",
 )
 
-driver_activity = FeatureService(name="driver_activity", features=[driver_stats])
+driver_activity = FeatureService(
+    name="driver_activity",
+    features=[driver_stats],
+    description="What a model of drivers asks for",
+    owner="data@example.com",
+)

@@ -1,10 +1,13 @@
-"""The Compose deployment, without an engine: each service's own command, and Prometheus with the dashboard's queries."""
+"""The Compose deployment, without an engine: each service's own command, environment, files and health check."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -12,7 +15,7 @@ from tests.servers import UnavailableError
 from tests.servers.compose import Compose
 from tests.servers.repository import ROOT
 
-PASSWORD = "s3cret-of-the-test"
+PASSWORD = "s3cret-of-the-test"  # noqa: S105
 SERVICES = ["kafka", "worker", "luigid", "reports", "serve", "ui"]
 
 GET = "import sys,urllib.request as u; sys.stdout.write(u.urlopen(sys.argv[1], timeout=10).read().decode())"
@@ -20,6 +23,14 @@ POST = (
     "import sys,urllib.request as u; r=u.Request(sys.argv[1], sys.argv[2].encode(), "
     "{'Content-Type': 'application/json'}); sys.stdout.write(u.urlopen(r, timeout=10).read().decode())"
 )
+ASK = (
+    "import json,sys; from urllib.request import urlopen; from urllib.parse import quote\n"
+    "ask = lambda q: json.load(urlopen('http://prometheus:9090/api/v1/query?query=' + quote(q), timeout=10))\n"
+    "print(json.dumps([ask(q) for q in json.loads(sys.argv[1])]))"
+)
+MONITORING = ROOT / "deploy" / "monitoring"
+RIGHTLY_EMPTY = ("headrace_events_skipped", "headrace_step_retries", "partition_resyncs", "failure_timestamp")
+"""No event was skipped, and nothing failed."""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +63,7 @@ def test_every_service_is_healthy_and_shows_no_password(filled: Compose) -> None
     for name, service in filled.model["services"].items():
         if name in {*SERVICES, "valkey", "postgres"} and "healthcheck" in service:
             assert filled.is_healthy(name), filled.log(name)[-2000:]
+    assert not filled.is_healthy("grafana")
     for log in filled.folder.glob("*.log"):
         assert PASSWORD not in log.read_text(errors="replace"), log.name
 
@@ -74,6 +86,59 @@ def test_reports_and_metrics_are_served_and_no_data(filled: Compose) -> None:
     metrics = done(filled, "worker", "python", "-c", GET, "http://reports:8083/metrics")
     assert 'headrace_batch_last_success_timestamp_seconds{sample="",task="Materialize",view="driver_stats"}' in metrics
     assert filled.exec("worker", ["python", "-c", GET, "http://reports:8083/driver_stats/"]).returncode != 0
+
+
+def test_every_query_of_the_dashboard_gives_data_of_a_worker_and_a_batch_run(filled: Compose) -> None:
+    """Prometheus with the configuration for one machine, where all are on the loopback, but at shorter intervals."""
+    if shutil.which("prometheus") is None:
+        pytest.skip("no prometheus (Debian: apt-get install prometheus)")
+    folder = filled.folder / "volumes" / "prometheus"
+    for name in ("prometheus.yml", "rules.yml"):
+        text = (MONITORING / name).read_text(encoding="utf-8").replace("interval: 15s", "interval: 1s")
+        (folder / name).write_text(text, encoding="utf-8")
+    filled.spawn(
+        "prometheus", ["prometheus", "--config.file=/prometheus/prometheus.yml", "--storage.tsdb.path=/prometheus"]
+    )
+    wait_for(lambda: filled.is_healthy("prometheus"))
+    wait_for(lambda: len(asked(filled, ["up == 1"])[0]) == 3)
+    emit = ["faust", "-A", "streaming", "emit", "--rate", "0", "--count", "2000", "--bad-fraction", "0.02", "--yes"]
+    done(filled, "worker", *emit)
+    done(filled, "batch", "luigi", "--module", "batch", "--scheduler-host", "luigid", "Audit")
+    wanted = dashboard_queries()
+    assert len(wanted) > 30
+    expected = {query for query in wanted if not any(name in query for name in RIGHTLY_EMPTY)}
+
+    def all_there() -> bool:
+        found = asked(filled, list(wanted))
+        return {query for query, result in zip(wanted, found, strict=True) if result} >= expected
+
+    try:
+        wait_for(all_there)
+    except AssertionError:
+        found = asked(filled, list(wanted))
+        pytest.fail("no data: " + "; ".join(q for q, r in zip(wanted, found, strict=True) if not r and q in expected))
+    assert asked(filled, ['ALERTS{alertstate="firing"}'])[0] == []
+
+
+def dashboard_queries() -> list[str]:
+    """As Grafana sends them, for every view."""
+    dashboard = json.loads((MONITORING / "grafana" / "dashboards" / "headrace.json").read_text(encoding="utf-8"))
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    return [query.replace("$view", ".*").replace("$__rate_interval", "1m") for query in queries]
+
+
+def asked(compose: Compose, queries: list[str]) -> list[list[Any]]:
+    """What Prometheus answers to each; it must be able to."""
+    answers = json.loads(done(compose, "worker", "python", "-c", ASK, json.dumps(queries)))
+    assert [answer for answer in answers if answer["status"] != "success"] == []
+    return [answer["data"]["result"] for answer in answers]
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def done(compose: Compose, name: str, *command: str, timeout_s: float = 60) -> str:

@@ -1,9 +1,9 @@
 """The services of docker-compose.yml as local processes: their very commands, environments, files and health checks.
 
 There is no container engine here. Each service runs in a sandbox that looks to it as its container would: a read-only
-root, its volumes and secrets at the paths of the file, an ordinary user, and the names of the other services. All share one
-network of their own, so that the ports are those of the file and clash with nothing outside. Programs of images that
-are not ours are stood in for by the same programs of this machine (`stand_ins`).
+root, its volumes and secrets at the paths of the file, an ordinary user, and the names of the other services. All
+share one network of their own, so that the ports are those of the file and clash with nothing outside. Programs of
+images that are not ours are stood in for by the same programs of this machine (`stand_ins`).
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Compose(Startable):
         names = " ".join(["localhost", *self.model["services"]])
         self._write("hosts", f"127.0.0.1 {names}\n")
         users = Path("/etc/passwd").read_text(encoding="utf-8")
-        self._write("passwd", f"{users}headrace:x:10001:10001::/srv:/usr/sbin/nologin\n")
+        for user, number in {"headrace": 10001, "valkey-image": 999, "postgres-image": 70}.items():
+            users += f"{user}:x:{number}:{number}::/srv:/usr/sbin/nologin\n"
+        self._write("passwd", users)
         for name in self.model["volumes"]:
             (self.folder / "volumes" / name).mkdir(parents=True)
 
@@ -109,6 +111,12 @@ class Compose(Startable):
         sandboxed = self._sandboxed(name, command)
         return subprocess.run(sandboxed, capture_output=True, text=True, timeout=timeout_s, check=False)
 
+    def spawn(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a command as the service, and end it with all others."""
+        with (self.folder / f"{name}.log").open("wb") as log:
+            process = self._processes[name] = subprocess.Popen(self._sandboxed(name, command), stdout=log, stderr=log)
+        return process
+
     def is_healthy(self, name: str) -> bool:
         """Whether the service's own health check succeeds."""
         kind, *test = self.model["services"][name]["healthcheck"]["test"]
@@ -124,10 +132,7 @@ class Compose(Startable):
         service = self.model["services"][name]
         for other in service.get("depends_on", {}):
             self._up(other)
-        with (self.folder / f"{name}.log").open("wb") as log:
-            process = self._processes[name] = subprocess.Popen(
-                self._sandboxed(name, [*self._entry(service), *service.get("command", [])]), stdout=log, stderr=log
-            )
+        process = self.spawn(name, [*self._entry(service), *service.get("command", [])])
         is_job = service.get("restart") == "no"
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (process.poll() == 0 if is_job else "healthcheck" not in service or self.is_healthy(name)):
@@ -172,6 +177,8 @@ class Compose(Startable):
             words += ["--bind", str(shared), inside]
         for mount in service.get("volumes", []):
             source, target, *mode = mount.split(":")
+            if target.startswith("/etc/") and str(Path(target).parent) not in words:
+                words += ["--tmpfs", str(Path(target).parent)]
             path = (ROOT / source).resolve() if source.startswith(".") else self.folder / "volumes" / source
             words += ["--ro-bind" if mode == ["ro"] else "--bind", str(path), target]
         for secret in service.get("secrets", []):
