@@ -419,7 +419,7 @@ def recorded(place: Place, view: str = "") -> list[Run]:
     return [run for run in ledger(place).runs(2, datetime.now(UTC)) if view in {"", run.view}]
 
 
-def measured(place: Place) -> dict[tuple[str, str, str, str | None], float]:
+def measured(place: Place) -> dict[tuple[str, str | None, str, str | None], float]:
     return _values(ledger(place).folder / metrics.FILE)
 
 
