@@ -36,7 +36,7 @@ from streaming.health import Health
 from streaming.security import SecuritySettings
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
-NONE = "–"  # noqa: RUF001 - as in the other tables
+NONE = "–" - as in the other tables
 MADE = "<!-- Made by `python -m tests.reference` from the code; change it there. -->\n"
 
 
