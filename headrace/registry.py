@@ -2,7 +2,8 @@
 
 Feast hands an SQL registry's URL to SQLAlchemy as it is, so `sqlite:///../data/registry.db` would mean another file in
 each working directory. A custom registry class cannot be named in `feature_store.yaml`, therefore the one property
-through which Feast reads the registry's configuration is wrapped, once, when a Headrace plug-in is imported.
+through which Feast reads the registry's configuration is wrapped, once, when a Headrace plug-in is imported. A `feast`
+command says errors of ours in one line from then on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 from feast.repo_config import RepoConfig
 from sqlalchemy.engine import make_url
+
+from headrace.terminal import say_errors_of_feast
 
 
 def absolute_url(url: str, repo_path: Path) -> str:
@@ -48,3 +51,4 @@ def install() -> None:
 
 
 install()
+say_errors_of_feast()
