@@ -72,7 +72,11 @@ def attributes(owner: type) -> dict[str, str]:
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A table of Markdown; a bar in a cell does not end it."""
-    lines = [list(heads), ["---"] * len(list(heads)), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    lines = [
+        list(heads),
+        ["---"] * len(list(heads)),
+        *([str(cell).replace("|", "\\|") for cell in row] for row in rows),
+    ]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
@@ -278,7 +282,9 @@ def _metrics() -> str:
     jobs = metrics.Runs({name: {} for name in metrics._LABELS})
     heads = ["metric", "kind", "labels", "meaning"]
     text += "\n## Of a worker\n\nOn `/metrics` of its pages.\n\n" + table(heads, worker)
-    text += "\n`process_*` are the usual ones of the Prometheus client: resident memory, processor seconds, open files.\n"
+    text += (
+        "\n`process_*` are the usual ones of the Prometheus client: resident memory, processor seconds, open files.\n"
+    )
     text += "\n## Of the batch chain\n\nIn `history/headrace_batch.prom` of the work folder.\n\n"
     return text + table(heads, _families([jobs]))
 
@@ -325,7 +331,11 @@ def _errors() -> str:
     rows = [
         [
             f"`{error.__name__}`",
-            "yes" if issubclass(error, errors.TransientError) else "no" if issubclass(error, errors.TerminalError) else "–",
+            "yes"
+            if issubclass(error, errors.TransientError)
+            else "no"
+            if issubclass(error, errors.TerminalError)
+            else "–",
             (inspect.getdoc(error) or "").partition("\n\n")[0].replace("\n", " "),
         ]
         for error in dict.fromkeys(found)

@@ -71,7 +71,9 @@ class Block:
 
 def blocks_of(page: Path) -> list[Block]:
     found = [
-        Block(match["kind"], match["title"], match["mark"], re.sub(f"^{match['indent']}", "", match["text"], flags=re.M))
+        Block(
+            match["kind"], match["title"], match["mark"], re.sub(f"^{match['indent']}", "", match["text"], flags=re.M)
+        )
         for match in FENCE.finditer(page.read_text(encoding="utf-8"))
     ]
     assert len(found) == page.read_text(encoding="utf-8").count("```") / 2, f"{page}: a block was not understood"
@@ -161,7 +163,9 @@ def _parse(block: Block) -> None:
             assert tomllib.loads(block.text)
         case "ini":
             has_sections = block.text.lstrip().startswith("[")
-            configparser.ConfigParser(interpolation=None).read_string(block.text if has_sections else f"[env]\n{block.text}")
+            configparser.ConfigParser(interpolation=None).read_string(
+                block.text if has_sections else f"[env]\n{block.text}"
+            )
         case _:
             assert block.mark is not None or block.kind == "text", f"nothing looks at a block of {block.kind}"
 
