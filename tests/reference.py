@@ -36,7 +36,7 @@ from streaming.health import Health
 from streaming.security import SecuritySettings
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
-NONE = "–" - as in the other tables
+NONE = "–"  # noqa: RUF001 - as in the other tables
 MADE = "<!-- Made by `python -m tests.reference` from the code; change it there. -->\n"
 
 
@@ -155,7 +155,7 @@ def _commands() -> str:
         "\n# Commands of the stream\n\n`faust -A streaming COMMAND …`, in a folder from which "
         "[the settings](settings.md) lead to the feature repository. Each ends with 0 if it did what was asked, "
         "with 1 and "
-        "one line `headrace: …` if not, with 2 for an option that there is not, and with 130 after Ctrl-C.\n\n"
+        "one line `error: …` if not, with 2 for an option that there is not, and with 130 after Ctrl-C.\n\n"
         "`faust -A streaming worker -l info` is the daemon: [Run the worker](../how-to/operations.md) has all of it.\n"
     )
     for command in _declared(commands._Command.__subclasses__(), commands):
@@ -322,7 +322,8 @@ def _dead_letters() -> str:
         + table(["header", "what it holds"], rows)
         + "\n## Reasons\n\n"
         + table(["reason", "meaning"], reasons)
-        + "\nWhat each format makes of a fault: [message formats](../how-to/formats.md#what-becomes-of-faults). To list and "
+        + "\nWhat each format makes of a fault: [message formats](../how-to/formats.md#what-becomes-of-faults). "
+        "To list and "
         "replay letters: [`dead-letters`](commands.md#dead-letters), [`replay`](commands.md#replay). At least "
         "once: after a "
         "crash a letter may be there twice, with the same origin.\n"
