@@ -322,7 +322,8 @@ def _dead_letters() -> str:
         + table(["header", "what it holds"], rows)
         + "\n## Reasons\n\n"
         + table(["reason", "meaning"], reasons)
-        + "\nWhat each format makes of a fault: [message formats](../how-to/formats.md#what-becomes-of-faults). To list and "
+        + "\nWhat each format makes of a fault: [message formats](../how-to/formats.md#what-becomes-of-faults). "
+        "To list and "
         "replay letters: [`dead-letters`](commands.md#dead-letters), [`replay`](commands.md#replay). At least "
         "once: after a "
         "crash a letter may be there twice, with the same origin.\n"
