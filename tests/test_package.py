@@ -186,7 +186,7 @@ def test_a_strangers_repository_gets_stream_and_batch_chain(package: Package, pl
     assert all(str(package.python.parents[1]) in file for file in where.stdout.split()), where.stdout
 
     AdminClient({"bootstrap.servers": mock_broker}).list_topics("readings", timeout=10)
-    settings: dict[str, object] = {"feature_repo": "plants", "web_port": free_port(), "append_seconds": 0.3}
+    settings: dict[str, Any] = {"feature_repo": "plants", "web_port": free_port(), "append_seconds": 0.3}
     worker = subprocess.Popen(
         [str(package.python), "-m", "faust", "-A", "streaming", "worker", "-l", "info"],
         cwd=cwd,
@@ -211,7 +211,7 @@ def test_a_strangers_repository_gets_stream_and_batch_chain(package: Package, pl
         rows = [("north", number, 20.5, "runs", f"{day} 05:00:00", f"{day} 06:00:00") for number in range(10)]
         database.executemany("INSERT INTO readings VALUES (?, ?, ?, ?, ?, ?)", rows)
     database.close()
-    source = {"feature_repo": "plants", "source_url": "sqlite:///source.db", "reread_days": 0}
+    source: dict[str, Any] = {"feature_repo": "plants", "source_url": "sqlite:///source.db", "reread_days": 0}
     luigi = ("luigi", "--module", "batch")
     package.run(*luigi, "Materialize", "--local-scheduler", cwd=cwd, **source)
     audit = package.run(*luigi, "Audit", "--local-scheduler", cwd=cwd, **source)
