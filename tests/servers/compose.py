@@ -85,11 +85,16 @@ class Compose(Startable):
         """
         ready, told = os.pipe()
         command = ["bwrap", "--unshare-user", "--uid", "0", "--gid", "0", "--cap-add", "ALL", "--unshare-net"]
-        command += ["--dev-bind", "/", "/", "--die-with-parent", "--info-fd", str(told), "sleep", "infinity"]
-        self._processes["network"] = subprocess.Popen(command, pass_fds=[told])
+        command += ["--dev-bind", "/", "/", "--die-with-parent", "--info-fd", str(told)]
+        # It can be joined when it has come so far as to run something.
+        command += ["sh", "-c", "echo; exec sleep infinity"]
+        process = subprocess.Popen(command, pass_fds=[told], stdout=subprocess.PIPE)
+        self._processes["network"] = process
         os.close(told)
         with os.fdopen(ready) as info:
             self._network = json.loads(info.read(1024))["child-pid"]
+        if process.stdout is None or process.stdout.readline() != b"\n":
+            raise ServerError("no network of our own: bwrap, which says above why, could not make it")
         for name in self._wanted:
             self._up(name)
         return self
