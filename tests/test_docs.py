@@ -45,7 +45,7 @@ FENCE = re.compile(
 )
 MARK = "<<< block {} >>>"
 NOT_RUN_AT_MOST = 32
-PAGE_TIMEOUT_S = 200.0
+PAGE_TIMEOUT_S = 280.0
 KAFKA = "127.0.0.1:9092"
 
 
