@@ -28,6 +28,7 @@ import luigi
 from batch.folder import DayFolder, locked, read_json, write_json
 from batch.tasks import ChainTask, DayParameter, OfflineStore, ViewTask, today
 from headrace.errors import ConfigError
+from headrace.progress import watch
 
 logger = logging.getLogger("luigi-interface")
 
@@ -77,6 +78,10 @@ class RangeTask(ChainTask):
         for path in sorted(self.view_folder.path.glob("run=*/day=*")):
             found.setdefault(path.name, []).append(DayFolder(path))
         return {day: found.get(f"day={day}", []) for day in self.dates}
+
+    def title(self) -> str:
+        """With the range."""
+        return f"{self.task_family} {self.view} {self.start}..{self.stop}"
 
     def moment(self) -> dict[str, Any]:
         """The range."""
@@ -171,7 +176,8 @@ class Backfill(RangeTask):
         left = [day for day in runs if not _is_published(runs[day])]
         name = (self.view, self.start, self.stop)
         if name not in _progress:
-            _progress[name] = Progress(time.monotonic(), len(runs) - len(left), mmap.mmap(-1, len(runs)))
+            known = _progress[name] = Progress(time.monotonic(), len(runs) - len(left), mmap.mmap(-1, len(runs)))
+            watch(self.title(), "days", lambda: (known.before + known.done[:].count(1), len(runs)))
         return [
             self.clone(BackfillDay, date=day, run_date=_run_of(day, runs[day]))  # type: ignore[no-untyped-call]
             for day in left

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import re
 import sys
 import warnings
@@ -11,7 +13,8 @@ from pathlib import Path
 from luigi.configuration import get_config
 from luigi.parameter import UnconsumedParameterWarning
 
-from batch import processes
+from batch import failures, processes
+from headrace import progress
 from headrace.errors import HeadraceError
 from headrace.quick_import import leave_feast_unchecked
 
@@ -32,7 +35,7 @@ DEFAULTS = {
 own defaults a failed task exits 0, and with `keep_alive` it is tried again for ever."""
 
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n.*", re.DOTALL)
-_OURS = re.compile(r"^headrace\.errors\.\w+: (?P<message>.*)\Z", re.DOTALL | re.MULTILINE)
+_WORKER = re.compile(r"\bWorker Worker\(.*?\) +(?=(running|done|failed|new requirements) )")
 
 
 def prepare() -> None:
@@ -48,6 +51,11 @@ def prepare() -> None:
     warnings.simplefilter("ignore", UnconsumedParameterWarning)
     logging.getLogger("luigi-interface").addFilter(one_line)
     processes.guard()
+    if multiprocessing.parent_process() is None:
+        atexit.register(failures.tell)
+    progress.install()
+    if progress.is_installed():
+        logging.getLogger("luigi-interface").addFilter(in_short)
     leave_feast_unchecked()
 
 
@@ -55,14 +63,27 @@ def one_line(record: logging.LogRecord) -> bool:
     """Replace the traceback of an error that Headrace raised on purpose by its message."""
     error = record.exc_info[1] if record.exc_info is not None else None
     if isinstance(error, HeadraceError):
+        if record.msg.startswith("Uncaught exception"):  # the end of the command, which says it then
+            failures.note_of_all(str(error))
+            return False
         record.msg = f"{record.getMessage()}: {error}"
         record.args = None
         record.exc_info = None
         record.exc_text = None
         return True
     text = record.getMessage()
-    found = _OURS.search(text)
+    found = failures.OURS.search(text)
     if found is not None and _TRACEBACK.search(text):
         record.msg = _TRACEBACK.sub("", text).rstrip() + " " + found["message"].strip()
         record.args = None
     return True
+
+
+def in_short(record: logging.LogRecord) -> bool:
+    """At a terminal leave out what Luigi tells the scheduler, and the worker's name, but for those who debug."""
+    if logging.getLogger(record.name).isEnabledFor(logging.DEBUG):
+        return True
+    text = record.getMessage()
+    if "Worker Worker(" in text:
+        record.msg, record.args = _WORKER.sub("", text), None
+    return not text.startswith("Informed scheduler that task ") and not text.endswith("Shutting down Keep-Alive thread")

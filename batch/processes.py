@@ -24,13 +24,13 @@ from typing import Any
 
 import luigi
 import luigi.interface
-from luigi.task_status import FAILED, RUNNING
+from luigi.task_status import DONE, FAILED, RUNNING
 from luigi.worker import TaskProcess
 
-logger = logging.getLogger("luigi-interface")
+from batch import failures
+from headrace import progress
 
-NOT_AGAIN = "It is not tried again."
-"""How the explanation of a failure ends that a retry cannot mend. `Worker` goes by it."""
+logger = logging.getLogger("luigi-interface")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -67,11 +67,19 @@ class Worker(luigi.worker.Worker):
         """
         task = self._scheduled_tasks.get(kwargs["task_id"])
         if task is not None and kwargs["status"] == FAILED:
-            is_final = str(json.loads(kwargs["expl"])).endswith(NOT_AGAIN)
+            explanation = str(json.loads(kwargs["expl"]))
+            failures.note(task, explanation)
+            is_final = explanation.endswith(failures.NOT_AGAIN)
             policy = {**kwargs["retry_policy_dict"], **({"retry_count": 1} if is_final else {})}
             kwargs["retry_policy_dict"] = policy
             self._scheduler.add_task(worker=self._id, task_id=task.task_id, status=RUNNING, retry_policy_dict=policy)
+        elif kwargs["status"] == DONE:
+            failures.forget(kwargs["task_id"])
         super()._add_task(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _announce_scheduling_failure(self, task: luigi.Task, expl: str) -> None:
+        failures.note(task, expl)
+        super()._announce_scheduling_failure(task, expl)  # type: ignore[no-untyped-call]
 
     def _purge_children(self) -> None:
         """As Luigi's, but a process that died or took too long is reported once and not at each look.
@@ -116,6 +124,7 @@ def _begin_child() -> None:
 
 def _stop(signum: int, _: FrameType | None) -> None:
     """In the parent, to say what happened."""
+    progress.end()
     # Not by the logger: it may be what was interrupted.
     os.write(2, f"ended by {signal.Signals(signum).name}; no task is left running\n".encode())
     signal.signal(signum, signal.SIG_DFL)

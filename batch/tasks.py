@@ -38,11 +38,12 @@ from typing import Any
 
 import luigi
 
+from batch.failures import NOT_AGAIN
 from batch.folder import DayFolder, ViewFolder, clear_staging, locked, read_json, write_json
 from batch.plan import Find, Plan, find_all_views, find_views, look_up
-from batch.processes import NOT_AGAIN
 from batch.settings import settings
 from headrace.errors import ConfigError, HeadraceError, SchemaError, TerminalError
+from headrace.progress import Meter, shown
 from headrace.runs import report_link
 
 logger = logging.getLogger("luigi-interface")
@@ -83,6 +84,7 @@ class ViewTask(luigi.Task):
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._views: tuple[str, ...] | None = None
         self._last_status_s = 0.0
+        self._meter: Meter | None = None
 
     # What a task is: the subclasses say it.
 
@@ -105,6 +107,10 @@ class ViewTask(luigi.Task):
     def moment(self) -> dict[str, Any]:
         """Which run it is, for the receipt."""
         raise NotImplementedError
+
+    def title(self) -> str:
+        """What it is, in a few words for people."""
+        return f"{self.task_family} {self.view}"
 
     def page(self) -> Path | None:
         """The report that it leaves for people; None if it leaves none."""
@@ -147,31 +153,37 @@ class ViewTask(luigi.Task):
         """Do the work under the lock, unless another run just did it, and write the receipt."""
         if not self.view:
             return
+        with shown(self.title()) as self._meter:
+            try:
+                with locked(
+                    self.view_folder.lock(self.lock()), lambda: self.say("waiting for another run's work on it")
+                ):
+                    self._work_once()
+            except TerminalError as error:
+                self.say(str(error))
+                raise
+
+    def _work_once(self) -> None:
         started = time.monotonic()
         receipt = self.receipt()
-        try:
-            with locked(self.view_folder.lock(self.lock()), lambda: self.say("waiting for another run's work on it")):
-                if receipt.exists():
-                    self.say("done by another run", 100)
-                    return
-                clear_staging(receipt.parent)
-                content = self.work()
-                write_json(
-                    receipt,
-                    {
-                        "task": type(self).__name__,
-                        "task_id": self.task_id,
-                        "view": self.view,
-                        **self.moment(),
-                        **content,
-                        "duration_s": round(time.monotonic() - started, 3),
-                        "finished": datetime.now(UTC),
-                        "versions": {name: version(name) for name in ("feast", "luigi", "pyarrow")},
-                    },
-                )
-        except TerminalError as error:
-            self.say(str(error))
-            raise
+        if receipt.exists():
+            self.say("done by another run", 100)
+            return
+        clear_staging(receipt.parent)
+        content = self.work()
+        write_json(
+            receipt,
+            {
+                "task": type(self).__name__,
+                "task_id": self.task_id,
+                "view": self.view,
+                **self.moment(),
+                **content,
+                "duration_s": round(time.monotonic() - started, 3),
+                "finished": datetime.now(UTC),
+                "versions": {name: version(name) for name in ("feast", "luigi", "pyarrow")},
+            },
+        )
 
     def on_failure(self, exception: BaseException) -> str:
         """What the scheduler's page shows: the message alone, if the error is one of ours; and if it is final."""
@@ -183,10 +195,15 @@ class ViewTask(luigi.Task):
     # Towards the person who watches.
 
     def say(self, message: str, progress: float | None = None) -> None:
-        """Show a status, and how far it is in percent, in the scheduler's pages. Outside a worker: nothing.
+        """Show a status, and how far it is in percent, in the scheduler's pages and at a terminal.
 
-        The page puts the text in as HTML, therefore it is escaped.
+        Outside a worker there are no pages. They put the text in as HTML, therefore it is escaped.
         """
+        if self._meter is not None:
+            self._meter.say(message)
+        self._tell_scheduler(message, progress)
+
+    def _tell_scheduler(self, message: str, progress: float | None = None) -> None:
         set_message: Callable[[str], None] | None = self.set_status_message
         if set_message is not None:
             set_message(html.escape(message))
@@ -197,12 +214,14 @@ class ViewTask(luigi.Task):
 
     def say_progress(self, done: int, total: int | None, what: str) -> None:
         """As `say`, but not more often than it can be read."""
+        if self._meter is not None:
+            self._meter.update(done, total, what)
         if time.monotonic() - self._last_status_s < _STATUS_INTERVAL_S:
             return
         if total:
-            self.say(f"{done:,} of {total:,} {what}", 100 * done / total)
+            self._tell_scheduler(f"{done:,} of {total:,} {what}", 100 * done / total)
         else:
-            self.say(f"{done:,} {what}")
+            self._tell_scheduler(f"{done:,} {what}")
 
     def link(self, url: str) -> None:
         """Show a link in the scheduler's pages. Outside a worker: nothing."""
@@ -248,6 +267,10 @@ class ChainTask(ViewTask):
         problem = plan.problems.get(self.view)
         if plan.is_single and problem is not None and any(_needs_source(day) for day in self.days()):
             raise ConfigError(problem)
+
+    def title(self) -> str:
+        """With the day."""
+        return f"{super().title()} {self.date}"
 
     def moment(self) -> dict[str, Any]:
         """The day, and the run for which it is done."""
