@@ -17,6 +17,7 @@ from feast.infra.compute_engines.local.compute import LocalComputeEngine, LocalC
 from feast.infra.compute_engines.local.job import LocalMaterializationJob
 from feast.infra.registry.base_registry import BaseRegistry
 
+from headrace import progress
 from headrace.contract import ViewContract
 from headrace.materialize import materialize_window
 from headrace.offline import HeadraceOfflineStore, is_parquet
@@ -44,23 +45,17 @@ class HeadraceEngine(LocalComputeEngine):
             return super()._materialize_one(registry, task, **kwargs)
         name = f"{view.name}-{task.start_time}-{task.end_time}"
         window = Window(task.start_time, task.end_time)
-        bar: Any = None
-
-        def progress(done: int, total: int) -> None:
-            nonlocal bar
-            if bar is None and task.tqdm_builder is not None:
-                bar = task.tqdm_builder(total)
-            if bar is not None:
-                bar.update(done - bar.n)
-
+        # Not by Feast's own bar, which fills logs with control characters.
+        progress.install()
         try:
-            store = FeatureStore(config=self.repo_config)
-            materialize_window(store, ViewContract.from_feast(view, self.repo_config), window, progress=progress)
+            with progress.shown(f"materialize {view.name}") as meter:
+                meter.say("looking for the newest rows")
+                store, contract = FeatureStore(config=self.repo_config), ViewContract.from_feast(view, self.repo_config)
+                materialize_window(
+                    store, contract, window, progress=lambda done, total: meter.update(done, total, "keys")
+                )
         except Exception as error:  # noqa: BLE001 - Feast raises what the job holds
             return LocalMaterializationJob(name, MaterializationJobStatus.ERROR, error)
-        finally:
-            if bar is not None:
-                bar.close()
         return LocalMaterializationJob(name, MaterializationJobStatus.SUCCEEDED)
 
     def _takes(self, view: Any) -> bool:

@@ -55,6 +55,7 @@ class Work:
         done, total: how much of how much; a total of 0 is not known.
         initial: how much was done when counting began.
         begun_s, counted_s: when the work and the counting began, by the monotonic clock, which all processes share.
+        updated_s: when the last count came. Between two counts the rate stays, and the time left runs down.
     """
 
     label: str
@@ -65,6 +66,7 @@ class Work:
     initial: int
     begun_s: float
     counted_s: float
+    updated_s: float
 
     def line(self, now_s: float, width: int, *, ascii_only: bool = False) -> str:
         """One line of at most `width` columns: how far, how fast, and how much longer it will take at that rate."""
@@ -72,14 +74,15 @@ class Work:
         if not self.what:
             text = f"{label}: {printable(self.text) or 'works'}, {tqdm.format_interval(now_s - self.begun_s)}"
             return str(disp_trim(text, width))
-        passed_s = now_s - self.counted_s
+        passed_s = self.updated_s - self.counted_s
         rate = (self.done - self.initial) / passed_s if passed_s > 0 else 0.0
         speed = f", {_speed(rate)}" if rate else ""
         if not self.total:
             count = f"{label}: {self.done:,} {printable(self.what)}{speed}"
             return str(disp_trim(f"{count}, {tqdm.format_interval(now_s - self.begun_s)}", width))
         count = f"{self.done:,} of {self.total:,} {printable(self.what)}{speed}"
-        left = f", {tqdm.format_interval((self.total - self.done) / rate)} left" if rate else ""
+        left_s = max(0.0, (self.total - self.done) / rate - (now_s - self.updated_s)) if rate else None
+        left = f", {tqdm.format_interval(left_s)} left" if left_s is not None else ""
         # Its bar is as wide as the rest leaves room for.
         form = "{desc}: {percentage:3.0f}% |{bar}| {count}{left}"
         shown = min(self.done, self.total)
@@ -94,7 +97,7 @@ class Meter:
 
     def __init__(self, label: str) -> None:
         now_s = time.monotonic()
-        self._work = Work(label, "", "", 0, 0, 0, now_s, now_s)
+        self._work = Work(label, "", "", 0, 0, 0, now_s, now_s, now_s)
         self._told_s = 0.0
 
     def say(self, text: str) -> None:
@@ -104,20 +107,19 @@ class Meter:
 
     def update(self, done: int, total: int | None, what: str, note: str = "") -> None:
         """How much of how much is done; None where the whole is not known. May be called as often as is easy."""
+        if _board is None:
+            return
         work = self._work
+        work.updated_s = time.monotonic()
         if what != work.what or done < work.done:
-            work.what, work.initial, work.counted_s = what, done, time.monotonic()
+            work.what, work.initial, work.counted_s = what, done, work.updated_s
         work.done, work.total, work.text = done, total or 0, note
-        if _board is not None and not _board.is_mine:
-            self._tell_now_and_then()
+        if not _board.is_mine and work.updated_s - self._told_s >= _PUBLISH_S:
+            self._tell()
 
     def work(self) -> Work:
         """As it is now."""
         return self._work
-
-    def _tell_now_and_then(self) -> None:
-        if time.monotonic() - self._told_s >= _PUBLISH_S:
-            self._tell()
 
     def _tell(self) -> None:
         if _board is not None and not _board.is_mine:
@@ -131,12 +133,14 @@ class Counted:
     def __init__(self, label: str, what: str, look: Look) -> None:
         now_s = time.monotonic()
         done, total = look()
-        self._work = Work(label, "", what, done, total, done, now_s, now_s)
+        self._work = Work(label, "", what, done, total, done, now_s, now_s, now_s)
         self._look = look
 
     def work(self) -> Work:
         """As it is now."""
-        self._work.done, self._work.total = self._look()
+        done, self._work.total = self._look()
+        if done != self._work.done:
+            self._work.done, self._work.updated_s = done, time.monotonic()
         return self._work
 
 

@@ -4,7 +4,8 @@ A relative file is meant as every other path of a feature repository: against it
 
 Feast hands an SQL registry's URL to SQLAlchemy as it is, so `sqlite:///../data/registry.db` would mean another file in
 each working directory. A custom registry class cannot be named in `feature_store.yaml`, therefore the one property
-through which Feast reads the registry's configuration is wrapped, once, when a Headrace plug-in is imported.
+through which Feast reads the registry's configuration is wrapped, once, when a Headrace plug-in is imported. A `feast`
+command says errors of ours in one line from then on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from feast.repo_config import RepoConfig
 from sqlalchemy.engine import make_url
 
 from headrace.secret_files import filled
+from headrace.terminal import say_errors_of_feast
 
 
 def absolute_url(url: str, repo_path: Path) -> str:
@@ -57,3 +59,4 @@ def install() -> None:
 
 
 install()
+say_errors_of_feast()

@@ -22,18 +22,16 @@ def __getattr__(name: str) -> Any:
     """Build the app on first use.
 
     Raises:
-        click.ClickException: the settings or the registry are wrong; Faust's command line shows its one line.
+        Refused: the settings or the registry are wrong; Faust's command line shows its one line.
     """
     if name != "app":
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
     import sys
 
-    import click
-
     from headrace.errors import ConfigError
     from headrace.quick_import import leave_feast_unchecked
-    from streaming.ending import leave_on_signals
+    from streaming.ending import Refused, leave_on_signals
 
     if "worker" in sys.argv:  # Faust reads the command line later, and the imports below take seconds
         leave_on_signals()
@@ -45,5 +43,5 @@ def __getattr__(name: str) -> Any:
     try:
         globals()["app"] = create_app()
     except ConfigError as error:
-        raise click.ClickException(str(error)) from None
+        raise Refused(str(error)) from None
     return globals()["app"]

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NoReturn
 import click
 from faust.cli.base import AppCommand, option
 
+from headrace import progress
 from headrace.conform import Reason
 from headrace.errors import HeadraceError
 from streaming import emit as emitting
@@ -43,6 +44,7 @@ class _Command(AppCommand):
         At once: an orderly end of Python waits for clients of a broker that is away, and the farewell of some libraries
         is pages of warnings.
         """
+        progress.install()
         try:
             result = work()
         except HeadraceError as error:
@@ -147,7 +149,13 @@ class dead_letters(_Command):
         self.finish(self._listed)
 
     def _listed(self) -> Mapping[str, object] | str:
-        found = reading.survey(self.config, _choice(self.kwargs), self.kwargs["newest"])
+        with progress.shown("dead letters") as meter:
+            found = reading.survey(
+                self.config,
+                _choice(self.kwargs),
+                self.kwargs["newest"],
+                progress=lambda done, total: meter.update(done, total, "read"),
+            )
         if self.state.json:
             return _survey_json(found)
         counts = [
@@ -181,11 +189,16 @@ class replay(_Command):
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run the command."""
-        self.finish(
-            lambda: replaying.replay(
-                self.config, _choice(self.kwargs), dry_run=self.kwargs["dry_run"], progress=_show_progress
+        self.finish(self._replayed)
+
+    def _replayed(self) -> Mapping[str, object]:
+        with progress.shown("replay") as meter:
+            return replaying.replay(
+                self.config,
+                _choice(self.kwargs),
+                dry_run=self.kwargs["dry_run"],
+                progress=lambda done, total: meter.update(done, total, "letters read"),
             )
-        )
 
 
 class verify(_Command):
@@ -221,12 +234,6 @@ class verify(_Command):
             seed=secrets.randbelow(1_000_000) if chosen["seed"] is None else chosen["seed"],
         )
         self.finish(lambda: verifying.verify(self.config, plan, anywhere=chosen["yes"]))
-
-
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r{done:,} of {total:,} letters read" + ("\n" if done >= total else ""))
-        sys.stderr.flush()
 
 
 def _survey_json(found: reading.Survey) -> Mapping[str, object]:

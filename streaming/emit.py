@@ -19,6 +19,7 @@ from confluent_kafka import KafkaError, Producer
 
 from headrace.contract import ViewContract
 from headrace.errors import ConfigError, TransientError
+from headrace.progress import shown
 from headrace.rules import Rule
 from streaming.avro_encode import AvroEncoder, registered_schema
 from streaming.broker import Broker, client_config
@@ -209,16 +210,19 @@ def emit(config: StreamConfig, plan: Plan, *, view: str | None, anywhere: bool) 
     bad: Counter[str] = Counter()
     late = doubled = 0
     begun_s = time.monotonic()
-    try:
-        for made in _paced(maker, plan):
-            sender.send(made)
-            late += made.is_late
-            doubled += made.is_doubled
-            if made.fault is not None:
-                bad[made.fault] += 1 + made.is_doubled
-    except KeyboardInterrupt:
-        pass  # as asked: what was sent is counted below
-    sender.finish()
+    with shown(f"emit to {topic}") as meter:
+        try:
+            for number, made in enumerate(_paced(maker, plan), 1):
+                sender.send(made)
+                late += made.is_late
+                doubled += made.is_doubled
+                if made.fault is not None:
+                    bad[made.fault] += 1 + made.is_doubled
+                meter.update(number, plan.count, "events")
+        except KeyboardInterrupt:
+            pass  # as asked: what was sent is counted below
+        meter.say("waiting for the broker to take all")
+        sender.finish()
     return {
         "topic": topic,
         "sent": sender.sent,

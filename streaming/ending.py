@@ -12,7 +12,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
+
+import click
+
+from headrace import progress
+from headrace.terminal import say_error
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +25,18 @@ LONGEST_ENDING_S = 9.0
 """Docker kills after 10 s."""
 
 
+class Refused(click.ClickException):
+    """What Faust's command line shows in one line, as ours are shown, before it ends with 1."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Write the line to stderr."""
+        say_error(self.message)
+
+
 def leave(code: int) -> NoReturn:
     """End the process now. Python would wait for the thread of a call that hangs; what it does is harmless."""
     logging.shutdown()
+    progress.end()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -30,7 +44,7 @@ def leave(code: int) -> NoReturn:
 
 def give_up(error: BaseException) -> NoReturn:
     """One line to the person, and a non-zero exit."""
-    sys.stderr.write(f"headrace: {error}\n")
+    say_error(error)
     leave(1)
 
 

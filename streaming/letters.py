@@ -106,7 +106,9 @@ class Survey:
         return sum(group.count for group in self.groups.values())
 
 
-def survey(config: StreamConfig, choice: Choice, newest: int = 0) -> Survey:
+def survey(
+    config: StreamConfig, choice: Choice, newest: int = 0, progress: Callable[[int, int], None] | None = None
+) -> Survey:
     """Count the letters that are there now, and keep some of the newest. Memory is bounded.
 
     Raises:
@@ -114,7 +116,7 @@ def survey(config: StreamConfig, choice: Choice, newest: int = 0) -> Survey:
         BrokerError: the broker does not answer.
     """
     found = Survey()
-    for letters, foreign in read(config, choice):
+    for letters, foreign in read(config, choice, progress):
         found.foreign += foreign
         for letter in letters:
             found.groups.setdefault((letter.view, letter.reason, letter.field), Group()).add(letter)

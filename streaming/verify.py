@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from headrace.chains import StreamLedger
+from headrace.progress import Meter, is_installed, shown
 from streaming import emit as emitting
 from streaming.broker import Broker
 from streaming.settings import StreamConfig
@@ -30,6 +31,7 @@ BAD_FRACTION, LATE_FRACTION, DUPLICATE_FRACTION = 0.03, 0.1, 0.02
 
 _TICK_S = 0.05
 _PROGRESS_S = 5.0
+_SHOWN_S = 0.5
 _STUCK_S = 120.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -89,7 +91,9 @@ def verify(config: StreamConfig, plan: Plan, *, anywhere: bool) -> Mapping[str, 
         try:
             own = build(place, config)
             run = drive(place, own, plan)
-            proof = prove(own, run.sent)
+            with shown("verify") as meter:
+                meter.say("comparing what was sent with both stores")
+                proof = prove(own, run.sent)
             keep = not proof.is_right
         except KeyboardInterrupt:
             keep = False
@@ -123,11 +127,15 @@ def drive(place: Place, config: StreamConfig, plan: Plan) -> Run:
         keys=KEYS,
     )
     load = Load(config, events, PARTITIONS)
-    with Fleet(place, config, plan.workers, plan.seed if plan.kill else None) as fleet:
+    with (
+        shown("verify") as meter,
+        Fleet(place, config, plan.workers, plan.seed if plan.kill else None) as fleet,
+    ):
+        meter.say("starting the workers")
         _say(f"starting {plan.workers} workers (seed {plan.seed})")
         fleet.start()
         begun_s = time.monotonic()
-        tell = _Progress(config, load, fleet, plan)
+        tell = _Progress(config, load, fleet, plan, meter)
         while (elapsed_s := time.monotonic() - begun_s) < plan.seconds:
             load.send_due(elapsed_s)
             fleet.check()
@@ -146,24 +154,30 @@ def drive(place: Place, config: StreamConfig, plan: Plan) -> Run:
 class _Progress:
     """What is told while it runs."""
 
-    def __init__(self, config: StreamConfig, load: Load, fleet: Fleet, plan: Plan) -> None:
+    def __init__(self, config: StreamConfig, load: Load, fleet: Fleet, plan: Plan, meter: Meter) -> None:
         topic, (view,) = next(iter(config.views.items()))
         self._ledgers = {number: StreamLedger(view.contract, topic, number) for number in range(PARTITIONS)}
-        self._load, self._fleet, self._plan = load, fleet, plan
-        self._next_s = time.monotonic() + _PROGRESS_S
+        self._load, self._fleet, self._plan, self._meter = load, fleet, plan, meter
+        self._total = round(plan.seconds * plan.rate * (1 + DUPLICATE_FRACTION))
+        self._interval_s = _SHOWN_S if is_installed() else _PROGRESS_S
+        self._next_s = time.monotonic() + self._interval_s
 
     def lag(self) -> int:
         """How many offsets the broker has taken that no ledger has."""
         return sum(max(0, end - self._ledgers[number].end().end) for number, end in self._load.ends.items())
 
     def now_and_then(self, what: str) -> None:
-        """Tell, if it is time to."""
+        """Tell, if it is time to: at a terminal in one line that is kept up to date, else in a new one each time."""
         if time.monotonic() < self._next_s:
             return
         self._fleet.look()
         interventions = f", {self._fleet.kills} kills, {self._fleet.freezes} freezes" if self._plan.kill else ""
-        _say(f"{self._load.taken:,} events sent, {self.lag():,} not stored yet{interventions}, {what}")
-        self._next_s = time.monotonic() + _PROGRESS_S
+        facts = f"{self.lag():,} not stored yet{interventions}"
+        if is_installed():
+            self._meter.update(self._load.taken, max(self._total, self._load.taken + 1), "events sent", facts)
+        else:
+            _say(f"{self._load.taken:,} events sent, {facts}, {what}")
+        self._next_s = time.monotonic() + self._interval_s
 
 
 def _drain(fleet: Fleet, tell: _Progress) -> None:

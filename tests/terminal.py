@@ -64,12 +64,12 @@ def at_terminal(
     process = subprocess.Popen(
         list(command),
         cwd=cwd,
-        env={**environment, "TERM": "xterm-256color"},
+        env={"TERM": "xterm-256color", "LANG": "C.UTF-8", **environment},
         stdin=secondary,
         stdout=writing,
         stderr=secondary,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - Ctrl-C reaches only whose terminal it is
     )
     os.close(secondary)
     os.close(writing)
