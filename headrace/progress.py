@@ -172,6 +172,8 @@ class Board:
         """Show some work of this process."""
         if self.is_mine:
             self._own.append(work)
+        else:
+            self.publish(work.work())
 
     def drop(self, work: Meter | Counted) -> None:
         """Show it no longer."""

@@ -85,7 +85,7 @@ def test_a_log_sees_lines_and_no_control_character(program: list[str]) -> None:
 def test_a_person_who_wants_no_colour_gets_none(program: list[str], name: str, value: str) -> None:
     seen = at_terminal(program, environment={**environment(), name: value})
     assert "\x1b[31m" not in seen.raw
-    assert "\nerror: expected an apple" in seen.raw
+    assert "error: expected an apple" in seen.raw
     assert ("\x1b" in seen.raw) == (name == "NO_COLOR"), "a dumb terminal gets no line that moves either"
 
 

@@ -57,7 +57,8 @@ def test_feast_says_our_errors_in_one_line_and_its_own_as_ever(feature_repo_copy
     ours = feast("materialize", *window)
     assert ours.returncode == 1
     assert ours.stderr.splitlines()[-1] == (
-        "error: feature view `driver_stats`: field `conv_rate`: tag ge='zero' is no number; write it as in {'ge': '0.5'}"
+        "error: feature view `driver_stats`: field `conv_rate`: tag ge='zero' is no number; "
+        "write it as in {'ge': '0.5'}"
     )
     assert "Traceback" not in ours.stderr
     theirs = feast("materialize", *window, "--views", "nope")
