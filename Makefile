@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock check docs format test campaign campaign-stores campaign-batch chaos fuzz demo up bench bench-stream bench-stores bench-batch clean
+.PHONY: help setup lock check docs format test campaign campaign-stores campaign-batch chaos fuzz package demo up bench bench-stream bench-stores bench-batch clean
 
 VENV ?= .venv
 STAMP := $(VENV)/.headrace-setup
@@ -50,6 +50,8 @@ check: setup ## formatting, lint, types, import directions, links of the documen
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+	$(BIN)/pre-commit validate-config
 	$(BIN)/zensical build --clean --strict
 	$(BIN)/hadolint Dockerfile
 
@@ -102,6 +104,10 @@ bench-stores: setup ## the benchmark of both stores in full, into docs/explanati
 
 bench-batch: setup ## the benchmark of the batch chain on a real PostgreSQL in full, into docs/explanation/benchmarks.md (about 15 minutes)
 	$(PYTHON) -m benchmarks.batch --write docs/explanation/benchmarks.md
+
+package: setup ## build the wheel and the source archive into dist/
+	rm -rf build dist
+	$(PYTHON) -c "import setuptools.build_meta as build; build.build_sdist('dist'); build.build_wheel('dist')"
 
 clean: ## remove the environment, the caches and what the demonstration wrote
 	rm -rf .venv .cache data build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

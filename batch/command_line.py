@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import logging
 import multiprocessing
+import os
 import re
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -29,10 +31,16 @@ DEFAULTS = {
     },
     "worker": {"check_complete_on_run": "true", "force_multiprocessing": "true", "keep_alive": "true"},
     "scheduler": {"prune_on_get_work": "true", "retry_count": "3", "retry_delay": "60"},
-    "core": {"log_level": "INFO"},
+    "core": {
+        "log_level": "INFO",
+        "rpc_retry_attempts": "3",
+        "rpc_retry_wait": "2",
+        "lock_pid_dir": str(Path(tempfile.gettempdir()) / f"luigi-{os.getuid()}"),
+    },
 }
 """What the chain cannot do without, for a folder that has no `luigi.cfg`; a `luigi.cfg` wins. With Luigi's
-own defaults a failed task exits 0, and with `keep_alive` it is tried again for ever."""
+own defaults a failed task exits 0, and with `keep_alive` it is tried again for ever; a scheduler that is down is told
+after a minute and a half; and the folder of locks belongs to whoever of the machine's users came first."""
 
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n.*", re.DOTALL)
 _WORKER = re.compile(r"\bWorker Worker\(.*?\) +(?=(running|done|failed|new requirements) )")
