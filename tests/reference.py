@@ -152,7 +152,7 @@ def _commands() -> str:
     text = MADE + (
         "\n# Commands of the stream\n\n`faust -A streaming COMMAND …`, in a folder from which "
         "[the settings](settings.md) lead to the feature repository. Each ends with 0 if it did what was asked, with 1 and "
-        "one line `headrace: …` if not, with 2 for an option that there is not, and with 130 after Ctrl-C.\n\n"
+        "one line `error: …` if not, with 2 for an option that there is not, and with 130 after Ctrl-C.\n\n"
         "`faust -A streaming worker -l info` is the daemon: [Run the worker](../how-to/operations.md) has all of it.\n"
     )
     for command in _declared(commands._Command.__subclasses__(), commands):

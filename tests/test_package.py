@@ -15,7 +15,6 @@ import sysconfig
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email import message_from_bytes
@@ -166,14 +165,14 @@ def test_its_metadata_are_valid(package: Package) -> None:
 
 
 @pytest.fixture
-def plants(tmp_path: Path, package: Package, mock_broker: str) -> Iterator[Path]:
+def plants(tmp_path: Path, package: Package, mock_broker: str) -> Path:
     """A stranger's repository with two join keys, applied, in a folder where there is nothing else of ours."""
     repo = tmp_path / "elsewhere" / "plants"
     repo.mkdir(parents=True)
     (repo / "feature_store.yaml").write_text(STORE, encoding="utf-8")
     (repo / "definitions.py").write_text(DEFINITIONS.replace("BROKER", mock_broker), encoding="utf-8")
     package.run("feast.cli.cli", "-c", "plants", "apply", cwd=repo.parent)
-    yield repo
+    return repo
 
 
 @pytest.mark.slow
