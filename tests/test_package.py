@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email import message_from_bytes
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -77,7 +78,7 @@ class Package:
     wheel: Path
     python: Path
 
-    def run(self, *arguments: str, cwd: Path, expect: int = 0, **settings: object) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, cwd: Path, expect: int = 0, **settings: Any) -> subprocess.CompletedProcess[str]:
         """Run a module of its environment."""
         done = subprocess.run(
             [str(self.python), "-m", *arguments],
@@ -92,7 +93,7 @@ class Package:
         return done
 
 
-def clean(**settings: object) -> dict[str, str]:
+def clean(**settings: Any) -> dict[str, str]:
     """An environment that knows nothing of the clone."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HEADRACE_", "PYTHONPATH"))}
     return {**inherited, **{f"HEADRACE_{name.upper()}": str(value) for name, value in settings.items()}}
@@ -186,7 +187,7 @@ def test_a_strangers_repository_gets_stream_and_batch_chain(package: Package, pl
     assert all(str(package.python.parents[1]) in file for file in where.stdout.split()), where.stdout
 
     AdminClient({"bootstrap.servers": mock_broker}).list_topics("readings", timeout=10)
-    settings: dict[str, object] = {"feature_repo": "plants", "web_port": free_port(), "append_seconds": 0.3}
+    settings: dict[str, Any] = {"feature_repo": "plants", "web_port": free_port(), "append_seconds": 0.3}
     worker = subprocess.Popen(
         [str(package.python), "-m", "faust", "-A", "streaming", "worker", "-l", "info"],
         cwd=cwd,
@@ -211,7 +212,7 @@ def test_a_strangers_repository_gets_stream_and_batch_chain(package: Package, pl
         rows = [("north", number, 20.5, "runs", f"{day} 05:00:00", f"{day} 06:00:00") for number in range(10)]
         database.executemany("INSERT INTO readings VALUES (?, ?, ?, ?, ?, ?)", rows)
     database.close()
-    source = {"feature_repo": "plants", "source_url": "sqlite:///source.db", "reread_days": 0}
+    source: dict[str, Any] = {"feature_repo": "plants", "source_url": "sqlite:///source.db", "reread_days": 0}
     luigi = ("luigi", "--module", "batch")
     package.run(*luigi, "Materialize", "--local-scheduler", cwd=cwd, **source)
     audit = package.run(*luigi, "Audit", "--local-scheduler", cwd=cwd, **source)
