@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email import message_from_bytes
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -77,7 +78,7 @@ class Package:
     wheel: Path
     python: Path
 
-    def run(self, *arguments: str, cwd: Path, expect: int = 0, **settings: object) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, cwd: Path, expect: int = 0, **settings: Any) -> subprocess.CompletedProcess[str]:
         """Run a module of its environment."""
         done = subprocess.run(
             [str(self.python), "-m", *arguments],
@@ -92,7 +93,7 @@ class Package:
         return done
 
 
-def clean(**settings: object) -> dict[str, str]:
+def clean(**settings: Any) -> dict[str, str]:
     """An environment that knows nothing of the clone."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HEADRACE_", "PYTHONPATH"))}
     return {**inherited, **{f"HEADRACE_{name.upper()}": str(value) for name, value in settings.items()}}

@@ -207,7 +207,7 @@ def test_framed_avro_letters_are_replayed_once_whatever_the_registry_does(
         done = run(stream.environment, "replay")
         assert (done.returncode, done.stdout) == (1, "")
         (line,) = done.stderr.splitlines()
-        assert line.startswith(f"headrace: schema registry {registry.url}/schemas/ids/")
+        assert line.startswith(f"error: schema registry {registry.url}/schemas/ids/")
         assert "check that it runs, and HEADRACE_SCHEMA_REGISTRY_URL" in line
         assert everything(stream) == before
 
