@@ -135,7 +135,7 @@ def asked(compose: Compose, queries: list[str]) -> list[list[Any]]:
 
 
 def wait_for(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.2)

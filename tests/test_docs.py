@@ -45,7 +45,7 @@ FENCE = re.compile(
 )
 MARK = "<<< block {} >>>"
 NOT_RUN_AT_MOST = 32
-PAGE_TIMEOUT_S = 280.0
+PAGE_TIMEOUT_S = 570
 KAFKA = "127.0.0.1:9092"
 
 
@@ -100,6 +100,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", RUN, ids=[str(page.relative_to(DOCS)) for page in RUN])
 def test_a_page_does_what_it_says(page: Path, clone: Path, request: pytest.FixtureRequest) -> None:
     blocks = blocks_of(page)
