@@ -333,7 +333,7 @@ def test_the_json_has_the_keys_of_the_documentation(tmp_path: Path) -> None:
     for day in (D - timedelta(days=1), D):
         days.look_at(mixed_rows(50, day=day), day)
         days.publish(day)
-    documented = (Path(__file__).parents[2] / "docs" / "gate.md").read_text(encoding="utf-8")
+    documented = (Path(__file__).parents[2] / "docs" / "how-to" / "gate.md").read_text(encoding="utf-8")
     names = set(re.findall(r"`([a-z_]+)`", documented.partition("## For machines")[2]))
     missing = _keys(read_strictly(days.folder(D).verdict)) - names
     assert not missing

@@ -82,7 +82,7 @@ def test_cron_and_systemd_have_the_same_schedule() -> None:
     }
     assert by_cron == timers()
     assert len(by_cron) == 6
-    documented = (ROOT / "docs" / "schedule.md").read_text(encoding="utf-8")
+    documented = (ROOT / "docs" / "how-to" / "schedule.md").read_text(encoding="utf-8")
     for command, at in cron().items():
         assert f"{at} " in documented
         assert command.replace(" --scheduler-host luigid", "") in documented
