@@ -17,7 +17,7 @@ NOT_AGAIN = "It is not tried again."
 OURS = re.compile(r"^headrace\.errors\.\w+: (?P<message>.*)\Z", re.DOTALL | re.MULTILINE)
 """The end of a traceback of an error that Headrace raised on purpose."""
 
-_NAMED = re.compile(r"^\w+Error: ")
+_BEFORE = re.compile(r"^(\w+Error: |Task \w+ (?=timed out|died))")
 _MOST = 10
 
 _failed: dict[str, str] = {}
@@ -58,4 +58,4 @@ def _message(explanation: str) -> str:
         return found["message"].strip()
     if text.startswith("Traceback "):
         return text.splitlines()[-1]
-    return _NAMED.sub("", text)
+    return _BEFORE.sub("", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -25,7 +26,7 @@ def test_a_task_that_takes_too_long_is_ended_counted_once_and_tried_again(place:
     with started(place, *ZONES, *options, sleep_s=60) as process:
         _, said = process.communicate(timeout=90)
     assert process.returncode == 30, said
-    assert said.count("timed out after 4 seconds and was terminated") == 2
+    assert len(re.findall(r"^INFO: .* timed out after 4 seconds and was terminated", said, re.M)) == 2
     assert said.count("running   Clean(") == 2
     runs = [run for run in recorded(place) if run.task == "Clean"]
     assert [(run.outcome, run.attempt, run.is_final) for run in runs] == [("killed", 1, False), ("killed", 2, True)]
@@ -42,7 +43,8 @@ def test_a_task_that_is_deaf_to_signals_is_ended_all_the_same(place: Place) -> N
     with started(place, *ZONES, "--worker-timeout", "4", "--scheduler-retry-count", "1") as process:
         _, said = process.communicate(timeout=60)
     assert process.returncode == 30, said
-    assert said.count("timed out after 4 seconds") == 1
+    assert len(re.findall(r"^INFO: .* timed out after 4 seconds", said, re.M)) == 1
+    assert said.endswith(f"\nerror: Clean zones {D}: timed out after 4 seconds and was terminated.\n")
 
 
 @pytest.mark.parametrize("scheduler", ["local", "luigid"])

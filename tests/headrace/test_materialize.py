@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -21,6 +22,8 @@ from headrace.materialize import holdings, materialize_arrived, pending, set_bac
 from headrace.online import online_store
 from tests.headrace.test_online import served
 from tests.headrace.views import EPOCH_US, applied, config, redis_online, rows, sqlite_online, view
+from tests.servers import environment
+from tests.terminal import at_terminal
 
 ENGINE = {"type": "headrace.engine.HeadraceEngine"}
 
@@ -197,11 +200,27 @@ def test_views_without_an_entity_and_with_several_keys(tmp_path: Path, online: d
     assert served(store, second, [{"__dummy_id": ""}]) == [{"value": 4.0, "count": 4}]
 
 
-def test_progress_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+AT_A_TERMINAL = """
+import sys
+from pathlib import Path
+from headrace import progress
+progress.LONG_S, progress._TICK_S = 0, 0.005
+from tests.headrace.test_materialize import applied, event, moment, push, rows, sqlite_online, with_engine
+store, (contract,) = applied(Path(sys.argv[1]), sqlite_online())
+push(contract, rows(contract, [event(key, 1) for key in range(10)]))
+with_engine(store).materialize(moment(0), moment(5))
+"""
+
+
+def test_progress_is_shown_at_a_terminal_and_in_no_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     store, (contract,) = applied(tmp_path, sqlite_online())
     push(contract, rows(contract, [event(key, 1) for key in range(10)]))
     with_engine(store).materialize(moment(0), moment(5))
-    assert "10/10" in capfd.readouterr().err
+    assert capfd.readouterr().err == ""
+    seen = at_terminal([sys.executable, "-c", AT_A_TERMINAL, str(tmp_path / "seen")], environment=environment())
+    assert seen.code == 0, seen.raw
+    assert f"materialize {contract.name}: looking for the newest rows, 00:0" in seen.raw
+    assert "materialize" not in "".join(seen.screen)
 
 
 def test_two_runs_at_once_do_no_harm(tmp_path: Path) -> None:
