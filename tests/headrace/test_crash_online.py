@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -96,7 +97,7 @@ def stored(home: Path) -> dict[str, Any]:
 
 
 def cells_of_sqlite(home: Path) -> Iterator[tuple[bytes, bytes, str, bytes]]:
-    with sqlite3.connect(home / "data/online.db") as connection:
+    with closing(sqlite3.connect(home / "data/online.db")) as connection:
         orders = dict(connection.execute("SELECT entity_key, ord FROM test_stats__headrace"))
         for key, feature, value in connection.execute("SELECT entity_key, feature_name, value FROM test_stats"):
             yield key, orders[key], feature, value
