@@ -150,7 +150,7 @@ def read(
             starts.update({(name, n): at for n, at in broker.offsets_at(name, count, choice.since_ms).items()})
     open_ends = {place: log.latest for place, log in logs.items() if starts[place] < log.latest}
     total, done = sum(open_ends[place] - starts[place] for place in open_ends), 0
-    for messages in _messages(config, starts, open_ends):
+    for messages in _messages(config, starts, open_ends, CHUNK_RECORDS):
         done += len(messages)
         letters = [_letter(message) for message in messages]
         known = [letter for letter in letters if letter is not None]
@@ -194,7 +194,7 @@ def _messages(
     config: StreamConfig,
     starts: Mapping[tuple[str, int], int],
     ends: Mapping[tuple[str, int], int],
-    at_once: int = CHUNK_RECORDS,
+    at_once: int,
 ) -> Iterator[Sequence[Message]]:
     """The records between starts and ends, in chunks."""
     if not ends:
