@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from headrace.contract import ViewContract
 from headrace.folder import Folder
-from headrace.segments import DayName, Footer, SegmentName, parse_stream_chain, read_footer
+from headrace.segments import DayName, SegmentName, parse_stream_chain
 
 _MERGED = (1, 2)
 """The levels that compaction makes."""
@@ -80,10 +80,7 @@ def _ends(folder: Folder, newest: Mapping[str, Mapping[int, SegmentName]]) -> di
 
 
 def _end(folder: Folder, levels: Mapping[int, SegmentName]) -> int:
-    """As `Folder.tip`, which lists: the last file of each level decides, the higher levels first."""
-    end, last = 0, Footer(next=0)
-    for level in sorted(levels, reverse=True):
-        if levels[level].first >= end:
-            last = read_footer(folder.path_of(levels[level]))
-            end = max(end, last.next)
-    return end if last.successor is None else last.successor[1]
+    """Where the chain ends; of one that is closed, where the next one begins."""
+    tip = folder.tip_of(levels.values())
+    successor = None if tip.footer is None else tip.footer.successor
+    return tip.end if successor is None else successor[1]

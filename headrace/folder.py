@@ -158,6 +158,15 @@ class Folder:
         """
         return self.settled(lambda: self._tip(name, self._entries()))
 
+    def tip_of(self, newest: Iterable[SegmentName]) -> Tip:
+        """Where a chain ends, by the last file of each of its levels. Not settled: a file may be gone meanwhile."""
+        tip = Tip(0, None, None)
+        for segment in sorted(newest, key=lambda segment: segment.level, reverse=True):
+            if segment.first >= tip.end:
+                footer = read_footer(self.path_of(segment))
+                tip = Tip(max(tip.end, footer.next), segment, footer)
+        return tip
+
     def newest_tip(self, prefix: str, number: Callable[[str], int | None]) -> tuple[str, Tip] | None:
         """The chain of the greatest number among those that begin with a prefix, and its end; None without one.
 
@@ -241,13 +250,8 @@ class Folder:
             if entry.startswith(chain) and chain_of(entry) == chain:
                 digit = entry[len(chain) + 1]
                 newest[digit] = max(newest.get(digit, ""), entry)
-        tip = Tip(0, None, None)
-        for level in reversed(LEVELS):
-            segment = parse_name(newest.get(str(level), ""))
-            if isinstance(segment, SegmentName) and segment.first >= tip.end:
-                footer = read_footer(self.path_of(segment))
-                tip = Tip(max(tip.end, footer.next), segment, footer)
-        return tip
+        segments = map(parse_name, newest.values())
+        return self.tip_of(segment for segment in segments if isinstance(segment, SegmentName))
 
     def _chains(self, names: Iterable[SegmentName | DayName]) -> dict[str, Chain]:
         own: dict[str, list[SegmentName]] = {}
