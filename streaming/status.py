@@ -99,8 +99,9 @@ class Board:
     def document(self, moment: Moment) -> Json:
         """The status. Pure of I/O; of any thread."""
         now_s = time.time()
-        found = self._topics.answer()
-        views = [self._view(view, moment, found, now_s) for view in self._views]
+        found, runs = self._topics.answer(), self._runs.answer()
+        compacted_s = _compacted_s(runs)
+        views = [self._view(view, moment, compacted_s, now_s) for view in self._views]
         return {
             "version": 1,
             "time": _iso(now_s),
@@ -110,7 +111,7 @@ class Board:
             "views": views,
             "partitions": {**_known(found), "values": self._partitions(moment, found)},
             "dead_letters": _letters(self._letters.answer()),
-            "batch": _batch(self._runs.answer(), self._config.settings.report_url),
+            "batch": _batch(runs, self._config.settings.report_url),
         }
 
     def _worker(self, moment: Moment, found: Answer[Topics]) -> Json:
@@ -131,7 +132,7 @@ class Board:
             "partitions_of_all": of_all,
         }
 
-    def _view(self, view: View, moment: Moment, found: Answer[Topics], now_s: float) -> Json:
+    def _view(self, view: View, moment: Moment, compacted_s: Mapping[str, float], now_s: float) -> Json:
         name = view.contract.name
         recent, wanted = self._health.recent, view.contract.objectives.of_stores()
         waiting_s = {
@@ -149,7 +150,7 @@ class Board:
             },
             "events": events(recent, name),
             "steps": {step: durations(recent, name, step) for step in STEPS},
-            "files": _files(self._folders[name].answer(), _compacted_s(self._runs.answer(), name)),
+            "files": _files(self._folders[name].answer(), compacted_s.get(name)),
         }
 
     def _partitions(self, moment: Moment, found: Answer[Topics]) -> list[Json]:
@@ -299,14 +300,13 @@ def _files(found: Answer[Census], compacted_s: float | None) -> Json:
     }
 
 
-def _compacted_s(found: Answer[Runs], view: str) -> float | None:
-    """When the batch chain last compacted a view, as its ledger says."""
-    done = [
-        run.end.timestamp()
-        for run in _runs(found)
-        if (run.task, run.view, run.outcome) == (COMPACT, view, "done") and run.end is not None
-    ]
-    return max(done, default=None)
+def _compacted_s(found: Answer[Runs]) -> dict[str, float]:
+    """By view, when the batch chain last compacted it, as its ledger says."""
+    done: dict[str, float] = {}
+    for run in _runs(found):
+        if run.task == COMPACT and run.outcome == "done" and run.end is not None:
+            done[run.view] = max(run.end.timestamp(), done.get(run.view, 0.0))
+    return done
 
 
 def _letters(found: Answer[Letters]) -> Json:
