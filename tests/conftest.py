@@ -22,6 +22,7 @@ import pytest  # noqa: E402
 
 from tests.reporting import tables  # noqa: E402
 from tests.servers import (  # noqa: E402
+    Browser,
     Kafka,
     MockBroker,
     Proxy,
@@ -150,6 +151,16 @@ def valkey(valkey_server: Valkey) -> str:
 def valkey_databases() -> Iterator[int]:
     """Numbers of databases of the shared Valkey that no test has used; 0 is left to those that name none."""
     return iter(range(1, 1000))
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    """A real Chromium."""
+    try:
+        with Browser() as server:
+            yield server
+    except UnavailableError as exc:
+        pytest.skip(str(exc))
 
 
 @pytest.fixture(scope="session")

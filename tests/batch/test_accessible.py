@@ -7,8 +7,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from batch.audit_report import write_audit
 from batch.history import write_page
 from headrace.audit import Audit, Example, Kind
@@ -16,7 +14,7 @@ from headrace.runs import Run
 from headrace.sample import Sample
 from tests.batch.days import D, Days
 from tests.batch.test_report import HOSTILE, MIXED, mixed_rows
-from tests.servers import Browser, UnavailableError
+from tests.servers import Browser
 from tests.servers.browser import inaccessible
 
 NOW = datetime(2026, 3, 11, 5, tzinfo=UTC)
@@ -49,17 +47,13 @@ def pages(folder: Path) -> dict[str, Path]:
     }
 
 
-def test_the_pages_are_for_everybody(tmp_path: Path) -> None:
-    try:
-        with Browser() as browser:
-            light, dark = browser.page(), browser.page(width=360, height=740, color_scheme="dark")
-            for name, path in pages(tmp_path).items():
-                for page in (light, dark):
-                    page.goto(path.as_uri())
-                    assert inaccessible(page) == [], name
-                    assert page.locator("main, header, h1").count() == 3, name
-                width, most = dark.evaluate("[document.documentElement.scrollWidth, innerWidth]")
-                assert width <= most, name
-            assert browser.problems == []
-    except UnavailableError as error:
-        pytest.skip(str(error))
+def test_the_pages_are_for_everybody(browser: Browser, tmp_path: Path) -> None:
+    light, dark = browser.page(), browser.page(width=360, height=740, color_scheme="dark")
+    for name, path in pages(tmp_path).items():
+        for page in (light, dark):
+            page.goto(path.as_uri())
+            assert inaccessible(page) == [], name
+            assert page.locator("main, header, h1").count() == 3, name
+        width, most = dark.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert width <= most, name
+    assert browser.problems == []

@@ -41,15 +41,6 @@ def reports(place: Place) -> Iterator[Reports]:
         pytest.skip(str(error))
 
 
-@pytest.fixture
-def browser() -> Iterator[Browser]:
-    try:
-        with Browser() as server:
-            yield server
-    except UnavailableError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.slow
 def test_who_clicks_in_luigis_pages_sees_the_report(
     place: Place, luigid: Luigid, reports: Reports, browser: Browser

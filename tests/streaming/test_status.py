@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import re
 import urllib.request
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import pytest
 from confluent_kafka import Producer
 from playwright.sync_api import Page, expect
 
 from headrace.repository import open_store
 from headrace.runs import Run
-from tests.servers import Browser, Mode, UnavailableError
+from tests.servers import Browser, Mode
 from tests.servers.browser import inaccessible
 from tests.streaming.conftest import Network, Stream, StreamFactory
 from tests.streaming.process import Worker, emit
@@ -29,15 +27,6 @@ HOSTILE = [
     b'{"driver_id": ' + b"9" * 300_000 + b"}",
     b'{"driver_id": 1, "conv_rate": "</td><style>*{display:none}</style>", "datetime": "2026-01-01 00:00:00"}',
 ]
-
-
-@pytest.fixture
-def browser() -> Iterator[Browser]:
-    try:
-        with Browser() as server:
-            yield server
-    except UnavailableError as error:
-        pytest.skip(str(error))
 
 
 def expect_within(stream: Stream, online_s: int, offline_s: int) -> None:
