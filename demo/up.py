@@ -66,7 +66,7 @@ def prepare() -> dict[str, str]:
     print(
         f"\n  Luigi's scheduler   http://127.0.0.1:{ports['LUIGI_PORT']}/\n"
         f"  reports             http://127.0.0.1:{ports['REPORTS_PORT']}/history.html, and what Luigi's pages link\n"
-        f"  worker              http://127.0.0.1:{ports['HEADRACE_WEB_PORT']}/metrics (/healthz, /readyz)\n"
+        f"  worker's status     http://127.0.0.1:{ports['HEADRACE_WEB_PORT']}/ (/metrics, /healthz, /readyz)\n"
         f"  feast serve         http://127.0.0.1:{ports['SERVE_PORT']}/get-online-features (POST; /docs has the form)\n"
         f"  feast ui            http://127.0.0.1:{ports['UI_PORT']}/\n\n"
         "  The embedded broker forgets everything when it ends. Ctrl-C ends it all; data/ stays.\n",
