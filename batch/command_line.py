@@ -71,7 +71,7 @@ def one_line(record: logging.LogRecord) -> bool:
     """Replace the traceback of an error that Headrace raised on purpose by its message."""
     error = record.exc_info[1] if record.exc_info is not None else None
     if isinstance(error, HeadraceError):
-        if record.msg.startswith("Uncaught exception"):  # the end of the command, which says it then
+        if record.getMessage().startswith("Uncaught exception"):  # the end of the command, which says it then
             failures.note_of_all(str(error))
             return False
         record.msg = f"{record.getMessage()}: {error}"
