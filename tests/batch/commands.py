@@ -22,8 +22,14 @@ from tests.servers import free_port
 
 SETTINGS = {"reread_days": 0}
 
-HEARING = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
-"""Becomes a command that hears Ctrl-C: where the tests run in the background, what they start would ignore it."""
+HEARING = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+"""Becomes a command that hears Ctrl-C and the end of its terminal: where the tests run in the background, or by
+`nohup`, what they start would ignore them."""
 
 
 @dataclass(frozen=True)

@@ -135,5 +135,5 @@ def test_128_and_a_signal_as_a_shell_sees_it(place: Place, name: str, code: int)
     with started(place, *ZONES, sleep_s=60, before=("bash", "-c", '"$@"; exit $?', "-")) as shell:
         running(place, "Clean")
         os.kill(recorded(place)[-1].parent_pid, signal.Signals[f"SIG{name}"])
-        shell.communicate(timeout=60)
+        shell.communicate(timeout=10)
     assert shell.returncode == code

@@ -73,7 +73,7 @@ def test_a_signal_to_the_command_ends_it_and_its_children(signum: signal.Signals
     with started(place, *ZONES, sleep_s=60) as process:
         child = running(place, "Clean")
         process.send_signal(signum)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=10)
         assert process.returncode == -signum, said
         assert wait_for(lambda: not lives(child), 5)
     assert "Traceback" not in said
@@ -91,7 +91,7 @@ def test_a_signal_to_a_task_is_a_failure_that_is_tried_again(signum: signal.Sign
     place.insert("zones", zone_rows(D))
     with started(place, *ZONES, "--scheduler-retry-count", "1", sleep_s=60) as process:
         os.kill(running(place, "Clean"), signum)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=20)
     assert process.returncode == 30, said
     assert tries(place, "Clean") == [("killed", True)]
     with started(place, *ZONES, "--scheduler-retry-delay", "0", sleep_s=3) as process:
@@ -107,7 +107,7 @@ def test_ctrl_c_at_a_terminal_ends_all_quietly(place: Place) -> None:
     with started(place, *ZONES, sleep_s=60) as process:
         child = running(place, "Clean")
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT
     assert "Traceback" not in said
     assert not lives(child)
