@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -40,6 +41,12 @@ class Seen:
         return next((frame for frame in self.frames if text in frame), "")
 
 
+def _own_terminal() -> None:
+    """In the new process; where the tests run in the background it would else ignore Ctrl-C."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def at_terminal(
     command: Sequence[str],
     *,
@@ -69,7 +76,7 @@ def at_terminal(
         stdout=writing,
         stderr=secondary,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - Ctrl-C reaches only whose terminal it is
+        preexec_fn=_own_terminal,  # noqa: PLW1509 - Ctrl-C reaches only whose terminal it is
     )
     os.close(secondary)
     os.close(writing)

@@ -151,7 +151,6 @@ def test_a_partition_without_a_leader_does_not_keep_the_others_waiting(
         assert len(places.moves) == 1, "what an ended assignment left to begin is not begun"
         intake.close()
 
-    monkeypatch.setattr(intake_module, "OTHERS_WAIT_S", 0.5)
     monkeypatch.setattr(Broker, "log", log)
     faults: list[BaseException] = []
     asyncio.run(asyncio.wait_for(scenario(), 30))
