@@ -8,7 +8,6 @@ import random
 import pytest
 
 from headrace.chains import StreamLedger
-from streaming import intake as intake_module
 from streaming.broker import Broker, BrokerError, Log
 from streaming.health import Health
 from streaming.intake import StreamIntake
