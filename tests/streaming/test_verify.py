@@ -40,6 +40,15 @@ from tests.streaming.process import FAUST, config_of
 SHORT = Plan(seconds=2, rate=1000, workers=1, kill=False, seed=11)
 
 
+@pytest.fixture(autouse=True)
+def folder_for_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verifications make their homes in the folder for temporary files; other tests' ones run at the same time."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
 def redis_of(config: StreamConfig) -> Redis:
     """A client of the database of a stream's online store."""
     address, database = config.store.config.online_store.connection_string.split(",db=")
@@ -47,7 +56,7 @@ def redis_of(config: StreamConfig) -> Redis:
     return Redis(host, int(port), int(database))
 
 
-def remains(config: StreamConfig, since: set[str]) -> list[str]:
+def remains(config: StreamConfig) -> list[str]:
     """Whatever verifications left: topics, groups, folders, files, keys of Redis."""
     admin = AdminClient({"bootstrap.servers": config.bootstrap})
     names = [*admin.list_topics(timeout=10).topics]
@@ -55,11 +64,11 @@ def remains(config: StreamConfig, since: set[str]) -> list[str]:
     names += folders(config)
     if "redis" in config.store.config.online_store.type.lower():
         names += [key.decode(errors="replace") for key in redis_of(config).scan_iter()]
-    return [name for name in names if PREFIX in name and name not in since]
+    return [name for name in names if PREFIX in name]
 
 
 def folders(config: StreamConfig) -> list[str]:
-    """Folders and files by the names of verifications; those of other tests' too."""
+    """Folders and files by the names of verifications."""
     places = [Path(tempfile.gettempdir()), Path(config.store.repo_path).parent]
     return [str(path) for folder in places for path in (*folder.glob(f"{PREFIX}*"), *folder.glob(f"data/**/{PREFIX}*"))]
 
@@ -74,7 +83,7 @@ def test_two_at_once_and_one_of_them_is_disturbed(
     The user's rows are untouched, byte for byte, and nothing but the evidence is there afterwards.
     """
     config = config_of(stream.environment)
-    client, before = redis_of(config), set(folders(config))
+    client = redis_of(config)
     view = config.views[stream.topic][0].contract.feature_view
     key = EntityKey(join_keys=["driver_id"], entity_values=[Value(int64_val=1001)])
     now = datetime.now(UTC)
@@ -104,7 +113,7 @@ def test_two_at_once_and_one_of_them_is_disturbed(
     assert [result[str(kind)] for kind in Fault] == [0, 0, 0, 0]
     assert result["freshness"]["online"].keys() == result["freshness"]["offline"].keys() == {"p50_s", "p99_s"}
     assert {name: client.dump(name) for name in client.scan_iter()} == stored
-    assert remains(config, before) == []
+    assert remains(config) == []
     names, project = said.partition("starting")[0], result["project"]
     for name in (project, f"{project}.dlq", config.bootstrap, f"headrace-{project}-{VIEW}"):
         assert name in names
@@ -261,7 +270,6 @@ def test_a_signal_leaves_nothing_behind(make_stream: StreamFactory, tmp_path: Pa
     """On SQLite, in the middle of the work."""
     stream = make_stream("sqlite")
     config = config_of(stream.environment)
-    before = set(folders(config))
     log = tmp_path / "stderr"
     with log.open("wb") as stderr:
         process = subprocess.Popen(
@@ -272,7 +280,7 @@ def test_a_signal_leaves_nothing_behind(make_stream: StreamFactory, tmp_path: Pa
         )
         try:
             deadline = time.monotonic() + 90
-            while len(set(folders(config)) - before) < 3:  # home, online file, and the workers' offline folder
+            while len(folders(config)) < 3:  # home, online file, and the workers' offline folder
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
@@ -283,7 +291,7 @@ def test_a_signal_leaves_nothing_behind(make_stream: StreamFactory, tmp_path: Pa
             process.wait()
     assert process.returncode == 130
     assert output == b""
-    assert remains(config, before) == []
+    assert remains(config) == []
     project = next(line for line in log.read_text().splitlines() if "project:" in line).rpartition(" ")[2]
     assert subprocess.run(["pgrep", "-f", project], capture_output=True, check=False).stdout == b""
 
@@ -313,7 +321,6 @@ def test_what_cannot_be_verified_is_refused(
     stream: Stream, feature_repo_copy: RepositoryFactory, mock_broker: str
 ) -> None:
     config = config_of(stream.environment)
-    before = set(folders(config))
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1:9092 is not on this machine; add --yes"):
         verify(replace(config, servers=("192.0.2.1:9092",)), SHORT, anywhere=False)
     with pytest.raises(ConfigError, match="embedded one, which can delete no topic"):
@@ -323,7 +330,7 @@ def test_what_cannot_be_verified_is_refused(
     file.write_text(file.read_text().replace("headrace.sqlite.HeadraceSqliteOnlineStore", "sqlite"))
     with pytest.raises(ConfigError, match="SqliteOnlineStore does not promise that the newest wins"):
         verify(replace(config, store=open_store(repo)), SHORT, anywhere=False)
-    assert remains(config, before) == []
+    assert remains(config) == []
 
 
 def test_secrets_are_neither_shown_nor_written(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
