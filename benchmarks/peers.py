@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,25 +26,24 @@ def feature_names(features: int) -> list[str]:
 
 
 def open_side(side: str, folder: Path, history: Path, features: int, online: str) -> FeatureStore:
-    """Open and apply a store.
+    """Open and apply a store, in a folder that is its repository for Feast's commands too.
 
     Args:
         side: `OURS` or `STOCK`.
-        folder: for the registry.
+        folder: for `feature_store.yaml` and the registry.
         history: the folder of segments (ours), or the Parquet file (stock).
         online: `sqlite:<file>` or `redis:<connection string>`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    store = FeatureStore(
-        config=RepoConfig(
-            project=side,
-            provider="local",
-            registry=str(folder / "registry.db"),
-            repo_path=folder,
-            entity_key_serialization_version=3,
-            **(_ours(online) if side == OURS else _stock(online)),
-        )
-    )
+    settings = {
+        "project": side,
+        "provider": "local",
+        "registry": str(folder / "registry.db"),
+        "entity_key_serialization_version": 3,
+        **(_ours(online) if side == OURS else _stock(online)),
+    }
+    (folder / "feature_store.yaml").write_text(json.dumps(settings), encoding="utf-8")  # which is YAML too
+    store = FeatureStore(config=RepoConfig(repo_path=folder, **settings))
     entity = Entity(name=KEY, join_keys=[KEY], value_type=ValueType.INT64)
     view = FeatureView(
         name=VIEW,

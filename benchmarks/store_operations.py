@@ -5,13 +5,22 @@ python -m benchmarks.store_operations <operation>       with arguments as a line
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import hashlib
+import json
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
+import aiohttp
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -166,6 +175,33 @@ def serve_online(
     return run
 
 
+def serve_http(
+    *, side: str, folder: str, history: str, features: int, online: str, truth: str, keys: int
+) -> Callable[..., Answer]:
+    """Requests to a `feast serve` from clients that each send the next one when they have the answer.
+
+    The answer has `seconds` of all together, and `calls`, those of each.
+    """
+    store = open_side(side, Path(folder), Path(history), features, online)
+    store.materialize(store_data.START, store_data.END)
+    _check_served(store, features, Path(truth))
+    url = _start_server(Path(folder))
+    references = _references(features)
+    random = np.random.default_rng(5)
+
+    def asked(count: int) -> dict[str, Any]:
+        return {"features": references, "entities": {KEY: random.integers(0, keys, count).tolist()}}
+
+    def run(*, requests: int, clients: int, keys_a_call: int) -> Answer:
+        bodies = [asked(keys_a_call) for _ in range(requests)]
+        answer = asyncio.run(_ask(url, bodies, clients))
+        if answer.pop("last") != store.get_online_features(references, bodies[-1]["entities"]).to_dict():
+            raise MeasureError(f"{side}: HTTP gives other values than the store")
+        return answer
+
+    return run
+
+
 def audit(*, folder: str, history: str, features: int, online: str, keys: int) -> Callable[..., Answer]:
     """The audit of a view; all must be equal."""
     store, contract = _ours(folder, history, features, online)
@@ -263,6 +299,52 @@ def _check_served(store: FeatureStore, features: int, truth: Path) -> None:
             raise MeasureError(f"{store.project}: feature `{name}` is served with other values than it has offline")
 
 
+def _start_server(repo: Path) -> str:
+    """Start `feast serve` of a repository, until this process ends; return the address of online features."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    options = ["--port", str(port), "--no-access-log", "--max-requests", "0"]
+    server = subprocess.Popen([sys.executable, "-m", "feast.cli.cli", "-c", str(repo), "serve", *options])
+
+    def end() -> None:
+        server.terminate()
+        server.wait()
+
+    atexit.register(end)
+    while True:
+        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health"):
+            return f"http://127.0.0.1:{port}/get-online-features"
+        if server.poll() is not None:
+            raise MeasureError(f"`feast serve` ended with {server.returncode}")
+        time.sleep(0.2)
+
+
+async def _ask(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> Answer:
+    """Send requests; `last` of the answer is what came for the last body, by name."""
+    waiting = deque(enumerate(bodies))
+    calls: list[float] = []
+    answer: Answer = {"calls": calls}
+
+    async def client(session: aiohttp.ClientSession) -> None:
+        while waiting:
+            number, body = waiting.popleft()
+            begun = time.perf_counter()
+            async with session.post(url, json=body) as response:
+                response.raise_for_status()
+                found = await response.read()
+            calls.append(time.perf_counter() - begun)
+            if number == len(bodies) - 1:
+                document = json.loads(found)
+                columns = [result["values"] for result in document["results"]]
+                answer["last"] = dict(zip(document["metadata"]["feature_names"], columns, strict=True))
+
+    async with aiohttp.ClientSession() as session:
+        with timed(answer):
+            await asyncio.gather(*(client(session) for _ in range(clients)))
+    return answer
+
+
 def _digest(found: pa.Table, features: int) -> str:
     """A hash of keys, times and features that does not depend on the order of rows, nor on how nulls are stored."""
     names = [KEY, "event_timestamp", *feature_names(features)]
@@ -290,6 +372,7 @@ OPERATIONS: dict[str, Operation] = {
     "materialize": materialize,
     "read-newest": read_newest,
     "retrieve": retrieve,
+    "serve-http": serve_http,
     "serve-online": serve_online,
 }
 

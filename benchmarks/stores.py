@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import redis
@@ -51,8 +51,12 @@ STOCK_LIMIT_S = 90.0
 """Once the runs of stock in one row have taken this long, it runs no more: the whole must stay under half an hour."""
 OUR_APPENDS, STOCK_APPENDS = 30, 5
 BLOCKS, CALLS_A_BLOCK = 10, 100
+CLIENTS = 8
+"""That ask `feast serve` at once."""
 NOISE = 1.05
-"""`get_online_features` counts as not slower than stock up to this."""
+"""Serving counts as not slower than stock up to this."""
+NOT_SLOWER = "not slower (5 % of noise)"
+STORES = {"redis": "Redis", "sqlite": "SQLite"}
 HEADS = ("what", "ours", "stock Feast", "ratio", "bound", "met", "peak memory: ours, stock", "runs: ours, stock")
 PACKAGES = ("feast", "duckdb", "pyarrow", "redis", "hiredis")
 
@@ -318,12 +322,63 @@ def append(bench: Bench, name: str) -> list[Row]:
 
 def serve_online(bench: Bench, name: str, *, kind: str) -> list[Row]:
     """Calls of `get_online_features`: one process a side, which take turns by blocks of calls."""
+    rows = []
+    workers = online_workers(bench, "serve-online", kind)
+    with workers[OURS], workers[STOCK]:
+        for keys in (1, 100):
+            blocks = take_blocks(workers, calls=CALLS_A_BLOCK, keys_a_call=keys)
+            calls = {side: calls_of(found) for side, found in blocks.items()}
+            ours, stock = median(calls[OURS]), median(calls[STOCK])
+            bench.say(f"{name}, {keys} keys: ours {milliseconds(ours)}, stock {milliseconds(stock)}")
+            rows.append(
+                Row(
+                    f"get_online_features, {counted_keys(keys)}, {STORES[kind]}",
+                    milliseconds(ours),
+                    milliseconds(stock),
+                    f"{stock / ours:.2f}x",
+                    NOT_SLOWER,
+                    ours <= stock * NOISE,
+                    "",
+                    f"{len(calls[OURS]):,} calls, {len(calls[STOCK]):,} calls",
+                )
+            )
+    return rows
+
+
+def serve_http(bench: Bench, name: str, *, kind: str) -> list[Row]:
+    """Requests to `feast serve`: one server a side, which take turns by blocks of requests."""
+    rows = []
+    workers = online_workers(bench, "serve-http", kind)
+    with workers[OURS], workers[STOCK]:
+        for keys in (1, 100):
+            blocks = take_blocks(workers, requests=CALLS_A_BLOCK, clients=CLIENTS, keys_a_call=keys)
+            rates = {side: CALLS_A_BLOCK / median_of(found, "seconds") for side, found in blocks.items()}
+            shown = {side: f"{rates[side]:,.0f}/s, {tails(calls_of(found))}" for side, found in blocks.items()}
+            bench.say(f"{name}, {keys} keys: ours {shown[OURS]}, stock {shown[STOCK]}")
+            requests = f"{BLOCKS * CALLS_A_BLOCK:,} requests"
+            rows.append(
+                Row(
+                    f"`feast serve`, {counted_keys(keys)}, {CLIENTS} clients, {STORES[kind]}: requests/s, p50, p99",
+                    shown[OURS],
+                    shown[STOCK],
+                    f"{rates[OURS] / rates[STOCK]:.2f}x",
+                    NOT_SLOWER,
+                    rates[OURS] * NOISE >= rates[STOCK],
+                    "",
+                    f"{requests}, {requests}",
+                )
+            )
+    return rows
+
+
+def online_workers(bench: Bench, operation: str, kind: str) -> dict[str, Worker]:
+    """A process a side that has materialized 100,000 keys and is ready to be asked for them."""
     history = bench.history(bench.scaled(100_000), bench.scaled(100_000), NARROW, pieces=10)
     places = {side: bench.place() for side in (OURS, STOCK)}
-    online = {side: bench.fresh_online(kind, places[side]) for side in (OURS, STOCK)}
-    workers = {
+    online = {side: bench.fresh_online(kind, place) for side, place in places.items()}
+    return {
         side: bench.worker(
-            "serve-online",
+            operation,
             side=side,
             folder=str(places[side]),
             history=history.of(side),
@@ -334,31 +389,32 @@ def serve_online(bench: Bench, name: str, *, kind: str) -> list[Row]:
         )
         for side in (OURS, STOCK)
     }
-    rows = []
-    with workers[OURS], workers[STOCK]:
-        for keys in (1, 100):
-            calls: dict[str, list[float]] = {OURS: [], STOCK: []}
-            for block in range(BLOCKS + 1):
-                for side in (OURS, STOCK) if block % 2 else (STOCK, OURS):
-                    found = workers[side].run(calls=CALLS_A_BLOCK, keys_a_call=keys)["calls"]
-                    if block:  # the first one warms up
-                        calls[side] += found
-            ours, stock = median(calls[OURS]), median(calls[STOCK])
-            bench.say(f"{name}, {keys} keys: ours {milliseconds(ours)}, stock {milliseconds(stock)}")
-            rows.append(
-                Row(
-                    f"get_online_features, {keys} key{'s' if keys > 1 else ''}, "
-                    f"{'Redis' if kind == 'redis' else 'SQLite'}",
-                    milliseconds(ours),
-                    milliseconds(stock),
-                    f"{stock / ours:.2f}x",
-                    "not slower (5 % of noise)",
-                    ours <= stock * NOISE,
-                    "",
-                    f"{len(calls[OURS]):,} calls, {len(calls[STOCK]):,} calls",
-                )
-            )
-    return rows
+
+
+def take_blocks(workers: dict[str, Worker], **arguments: int) -> dict[str, list[Answer]]:
+    """Run the sides in turn, block by block; the first one warms up and does not count."""
+    found: dict[str, list[Answer]] = {OURS: [], STOCK: []}
+    for block in range(BLOCKS + 1):
+        for side in (OURS, STOCK) if block % 2 else (STOCK, OURS):
+            answer = workers[side].run(**arguments)
+            if block:
+                found[side].append(answer)
+    return found
+
+
+def calls_of(blocks: list[Answer]) -> list[float]:
+    """The seconds of each call of some blocks."""
+    return [seconds for block in blocks for seconds in block["calls"]]
+
+
+def tails(calls: list[float]) -> str:
+    """The median and the 99th percentile of calls, in milliseconds."""
+    return f"{milliseconds(median(calls))}, {milliseconds(quantiles(calls, n=100)[-1])}"
+
+
+def counted_keys(keys: int) -> str:
+    """How many keys a call asks for."""
+    return f"{keys} key{'s' if keys > 1 else ''}"
 
 
 def audit(bench: Bench, name: str) -> list[Row]:
@@ -477,6 +533,8 @@ ROWS: dict[str, Callable[[Bench, str], list[Row]]] = {
     "append": append,
     "online-redis": partial(serve_online, kind="redis"),
     "online-sqlite": partial(serve_online, kind="sqlite"),
+    "http-redis": partial(serve_http, kind="redis"),
+    "http-sqlite": partial(serve_http, kind="sqlite"),
     "audit": audit,
     "small-appends": small_appends,
     "many-files": many_files,

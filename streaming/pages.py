@@ -2,20 +2,25 @@
 
 One document is made at most once in a second, whatever the number of viewers, and not on the event loop. Read only, no
 cookies, nothing from outside; texts of events and names are escaped, those of them that show nothing or turn the
-direction of writing, too.
+direction of writing, too. What is served shows records, so a page elsewhere whose name was made to lead here (DNS
+rebinding) is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from importlib.resources import files
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 import faust
 import jinja2
@@ -94,10 +99,14 @@ def add_status_pages(app: faust.App, board: Board) -> None:
 
     @app.page("/")
     async def page(self: WebView, request: Any) -> Any:
+        if not await asyncio.to_thread(is_own_name, request.host):
+            return _refusal(self, request.host)
         return self.bytes(await pages.page(), content_type="text/html", headers=dict(HEADERS))
 
     @app.page("/status.json")
     async def document(self: WebView, request: Any) -> Any:
+        if not await asyncio.to_thread(is_own_name, request.host):
+            return _refusal(self, request.host)
         return self.bytes(await pages.json(), content_type="application/json", headers=dict(HEADERS))
 
     for name, kind in ASSETS.items():
@@ -110,6 +119,37 @@ def _add_asset(app: faust.App, name: str, kind: str) -> None:
     @app.page(f"/{name}", name=name)
     async def asset(self: WebView, request: Any) -> Any:
         return self.bytes(content, content_type=kind, headers={**HEADERS, "Cache-Control": "no-cache"})
+
+
+def is_own_name(host: str) -> bool:
+    """Whether a `Host` header is one that no stranger's DNS can have led here.
+
+    Any IP address is, a name without a dot, and the machine's own name.
+    """
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    with suppress(ValueError):
+        ip_address(name)
+        return True
+    name = name.removesuffix(".")
+    return "." not in name or name in _names()
+
+
+def _refusal(view: WebView, host: str) -> Any:
+    text = (
+        f"The status page is for those who ask for it by an IP address or as {' or '.join(sorted(_names()))}, "
+        f"and not for {visible(host)}.\nA proxy that stands before it asks by the worker's address: in Caddy "
+        "`header_up Host {upstream_hostport}`; nginx does so unless told otherwise.\n"
+    )
+    return view.text(text, status=421, headers=dict(HEADERS))
+
+
+@lru_cache
+def _names() -> frozenset[str]:
+    """The names of this machine, in lower case. Looking them up may take a while, so once."""
+    return frozenset({"localhost", socket.gethostname().lower(), socket.getfqdn().lower()})
 
 
 def render(document: Json) -> tuple[bytes, bytes]:

@@ -6,6 +6,7 @@ import json
 import re
 import urllib.request
 from datetime import UTC, datetime
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,16 @@ def status(worker: Worker) -> dict[str, Any]:
     code, body = worker.get("/status.json")
     assert code == 200
     found: dict[str, Any] = json.loads(body)
+    return found
+
+
+def ask_as(worker: Worker, path: str, host: str) -> tuple[int, str]:
+    """What a worker answers to whom its name led there."""
+    connection = HTTPConnection("127.0.0.1", worker.port, timeout=20)
+    connection.request("GET", path, headers={"Host": host})
+    answer = connection.getresponse()
+    found = answer.status, answer.read().decode()
+    connection.close()
     return found
 
 
@@ -94,13 +105,15 @@ def test_the_page_tells_how_it_goes_and_stays_live(
         expect(page.locator(".verdict").first).to_have_text("✓ met")
         expect(page.locator("#page")).to_contain_text("lag 0")
         assert page.evaluate("window.isSame && !document.querySelector('details').open")
-        page.locator("summary").first.click()
+        page.locator("summary").first.focus()
+        page.keyboard.press("Enter")
         ends = stream.ends()
         expect(page.locator("details tbody tr")).to_have_count(4)
         cells = page.locator("details tbody tr").first.locator("th, td").all_inner_texts()
         assert cells == ["0", "0", str(ends[0]), str(ends[0]), "this worker"]
         expect(page.locator("section:has(#batch)")).to_contain_text("✗ gate closed", timeout=30_000)
         expect(page.locator("section:has(#batch)")).to_contain_text("✓ stores agree")
+        assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
         expect(page.locator("section:has(#batch)")).to_contain_text("GateClosedError: <b>closed</b>")
         link = "http://127.0.0.1:9/reports/driver_stats/day=2026-01-31/report.html"
         assert page.locator("section:has(#batch) a").first.get_attribute("href") == link
@@ -189,6 +202,12 @@ def test_partitions_of_every_worker_are_told_and_so_is_a_broker_that_does_not_an
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
         assert not re.search(r"<script(?! src=\"status.js\")|<style| style=| on\w+=", body)
+        for host, code in {f"LOCALHOST:{one.port}": 200, "[::1]": 200, "worker": 200, "evil.example": 421}.items():
+            assert ask_as(one, "/", host)[0] == ask_as(one, "/status.json", host)[0] == code, host
+        refusal = ask_as(one, "/status.json", f"evil.example:{one.port}")[1]
+        assert "localhost" in refusal
+        assert "evil.example" in refusal
+        assert "lag" not in refusal
         network.broker.set(Mode.STALLED)
         one.wait(lambda: status(one)["partitions"]["not_known_since"] is not None, 40, "not known")
         found = status(one)["partitions"]
