@@ -86,13 +86,12 @@ class RealStores:
         self._config = config
         self._broker = broker
         self._feast: FeatureStore | None = None
-        self._letters: DeadLetterWriter | None = None
+        # Not made with the first letter: an idempotent producer waits half a second for its id, and events with it.
+        self._letters = DeadLetterWriter(client_config(config), config.settings.broker_timeout_seconds)
         self._servers: tuple[float, tuple[str, ...]] | None = None
 
     def write_letters(self, letters: Sequence[Letter]) -> None:
         """See `Stores`."""
-        if self._letters is None:
-            self._letters = DeadLetterWriter(client_config(self._config), self._config.settings.broker_timeout_seconds)
         self._letters.write(letters)
 
     def write_online(self, view: View, batches: Sequence[Batch]) -> int:
