@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -28,9 +30,21 @@ def write_report(findings: Findings, folder: DayFolder) -> None:
     write_text(
         folder.report,
         template("report.html.j2").render(
-            f=findings, folder=folder, number=number_text, plot=histogram, shorten=_cut, checks=_by_weight(findings)
+            f=findings,
+            folder=folder,
+            number=number_text,
+            plot=histogram,
+            shorten=_cut,
+            checks=_by_weight(findings),
+            anew=_anew(findings),
         ),
     )
+
+
+def _anew(findings: Findings) -> str:
+    """The command that does the day again, up to the name of the first task."""
+    days = f"--start {findings.day} --stop {findings.day + timedelta(days=1)}"
+    return f"luigi --module batch Backfill --view {shlex.quote(findings.view)} {days} --force-from"
 
 
 def _by_weight(findings: Findings) -> list[Any]:

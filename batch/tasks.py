@@ -382,7 +382,7 @@ class ExploreAndValidate(DayTask):
             f"{check.name}: {check.found}, expected {check.expected}" for check in findings.failed("error")
         )
         if reasons:
-            msg = f"the gate is closed for view `{self.view}`, {self.date}: {reasons}; see {url}"
+            msg = f"the gate is closed for view `{self.view}`, {self.date}: {reasons}; what to do: {url}"
             raise GateClosedError(msg)
         warnings = len(findings.failed("warning"))
         self.say(f"passed, {warnings} warnings" if warnings else "passed", 100)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 from collections.abc import Sequence
+from html import unescape
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -104,6 +108,15 @@ def test_30_a_task_failed(place: Place) -> None:
     failed = run(place, *RIDES, *LOCAL)
     assert failed.returncode == 30
     assert "the gate is closed for view `rides`" in failed.stderr
+    # What its last line says to do leads on.
+    page = Path(unquote(failed.stderr.strip().rpartition("what to do: file://")[2])).read_text(encoding="utf-8")
+    (command,) = re.findall(r"<code>luigi --module batch ([^<]+ Ingest)</code>", page)
+    place.execute("UPDATE rides SET stops = 1")
+    assert run(place, *RIDES, *LOCAL).returncode == 30, "what was read once is not read again unasked"
+    again = run(place, *shlex.split(unescape(command)), *LOCAL)
+    assert again.returncode == 0, again.stderr
+    assert run(place, *RIDES, *LOCAL).returncode == 0
+    assert place.offline("rides").num_rows == 1
 
 
 def test_35_what_was_asked_for_cannot_be_done(place: Place) -> None:

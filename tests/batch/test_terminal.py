@@ -48,7 +48,7 @@ def test_it_ends_with_a_line_of_what_failed_and_why(place: Place) -> None:
     last = [line for line in seen.screen if line][-1]
     start = f"error: ExploreAndValidate rides {D}: the gate is closed for view `rides`, {D}: "
     assert last.startswith(start)
-    assert re.search(r"; see file://\S+report\.html$", last)
+    assert re.search(r"; what to do: file://\S+report\.html$", last)
     assert f"\x1b[31merror:\x1b[0m{start.removeprefix('error:')}" in seen.raw
 
     logged = place.run(*command, expect=30, **SETTINGS)
