@@ -39,7 +39,7 @@ from streaming.view_steps import ViewSteps, measured
 logger = logging.getLogger(__name__)
 
 SLOW_S = 3.0
-"""After this long without an answer a step counts as failing."""
+"""After this long in one call a step counts as failing. To wait for the calls of other partitions is no failure."""
 
 HOPELESS_S = 1.0
 """How long a lane whose step fails now may take to finish."""
@@ -177,6 +177,7 @@ class Lane:
         self.waiting = Waiting()
         self._servers = start.servers
         self._looked_s = -math.inf
+        self._failing_since_s: dict[str, float] = {}
         self._unappended: list[Batch] = []
         self._inbox: asyncio.Queue[Slice | None] = asyncio.Queue()
         self._decoded: asyncio.Queue[Batch | None] = asyncio.Queue(WAITING_BATCHES)
@@ -433,8 +434,8 @@ class Lane:
         )
 
     def _timed(self, step: str, work: Callable[[], Result], rows: int) -> Callable[[], Awaitable[Result]]:
-        pool = self._steps.pools.letters if step == "dead_letters" else self._steps.pools.offline
-        return self._in(pool, partial(measured, self._health, self._name, step, rows, work))
+        thread = self._steps.pools.of_step(step)
+        return self._in(thread, partial(measured, self._health, self._name, step, rows, work))
 
     @staticmethod
     def _in(pool: Executor, work: Callable[[], Result]) -> Callable[[], Awaitable[Result]]:
@@ -447,48 +448,57 @@ class Lane:
             LostRaceError, TerminalError: as the work raised it, at once.
             StoreDownError: it failed for longer than the bound, or did not return within it.
         """
-        key = (self.label, step)
         pause_s = FIRST_PAUSE_S
-        deadline = time.monotonic() + self._settings.store_retry_seconds
         while True:
             try:
-                result = await self._once(key, deadline, asyncio.ensure_future(ask()))
+                result = await self._once(step, asyncio.ensure_future(ask()))
             except (LostRaceError, TerminalError):
                 raise
             except Exception as error:
                 why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-                self._fails(key, why)
-                if time.monotonic() + pause_s > deadline:
-                    raise StoreDownError(self._down(key, why)) from error
+                self._fails(step, why)
+                if self._has_failed_s(step) + pause_s > self._settings.store_retry_seconds:
+                    raise StoreDownError(self._down(step, why)) from error
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             else:
-                if self._health.failing.pop(key, None) is not None:
-                    self._log.info("%s: step %s works again", self.label, step)
+                self._works(step)
                 return result
 
-    async def _once(self, key: tuple[str, str], deadline: float, call: asyncio.Future[Result]) -> Result:
-        """Wait for one try; tell of it when it takes long, and do not wait beyond the bound."""
+    async def _once(self, step: str, call: asyncio.Future[Result]) -> Result:
+        """Wait for one try; tell of it when its thread hangs in a call, and do not wait beyond the bound then."""
+        thread = self._steps.pools.of_step(step)
         try:
             while True:
                 done, _ = await asyncio.wait({call}, timeout=SLOW_S)
                 if done:
                     return call.result()
-                self._fails(key, f"no answer for more than {SLOW_S:g} s")
-                if time.monotonic() > deadline:
-                    raise StoreDownError(self._down(key, "no answer"))
+                if thread.busy_s < SLOW_S:
+                    continue  # others' calls are made, this one's turn comes
+                self._fails(step, f"no answer for more than {SLOW_S:g} s", thread.busy_s)
+                if self._has_failed_s(step) > self._settings.store_retry_seconds:
+                    raise StoreDownError(self._down(step, "no answer"))
         finally:
             call.cancel()  # what no thread has begun is not begun
 
-    def _fails(self, key: tuple[str, str], why: str) -> None:
-        self._health.retries.labels(self._name, key[1]).inc()
-        if key not in self._health.failing:
-            self._log.warning("%s: step %s fails, and is tried again: %s", *key, why)
-        self._health.failing[key] = why
+    def _fails(self, step: str, why: str, ago_s: float = 0.0) -> None:
+        self._health.retries.labels(self._name, step).inc()
+        if step not in self._failing_since_s:
+            self._failing_since_s[step] = time.monotonic() - ago_s
+            self._log.warning("%s: step %s fails, and is tried again: %s", self.label, step, why)
+        self._health.failing[self.label, step] = why
 
-    def _down(self, key: tuple[str, str], why: str) -> str:
+    def _works(self, step: str) -> None:
+        if self._failing_since_s.pop(step, None) is not None:
+            self._health.failing.pop((self.label, step), None)
+            self._log.info("%s: step %s works again", self.label, step)
+
+    def _has_failed_s(self, step: str) -> float:
+        return time.monotonic() - self._failing_since_s[step]
+
+    def _down(self, step: str, why: str) -> str:
         bound_s = self._settings.store_retry_seconds
-        return f"{key[0]}: step {key[1]} failed for {bound_s:g} s (HEADRACE_STORE_RETRY_SECONDS): {why}"
+        return f"{self.label}: step {step} failed for {bound_s:g} s (HEADRACE_STORE_RETRY_SECONDS): {why}"
 
 
 class StoreDownError(TerminalError):

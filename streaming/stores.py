@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +45,31 @@ class Stores(Protocol):
         """The topic's id, as heard after a moment of the monotonic clock."""
 
 
+class Thread(ThreadPoolExecutor):
+    """One thread, started when it is needed, that tells how long its present call takes."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(1, name)
+        self._begun_s: float | None = None
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See `Executor`."""
+        return super().submit(self._call, fn, *args, **kwargs)
+
+    @property
+    def busy_s(self) -> float:
+        """Since when it makes the call that it makes now, in seconds; 0: it makes none. From any thread."""
+        begun_s = self._begun_s
+        return 0.0 if begun_s is None else time.monotonic() - begun_s
+
+    def _call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        self._begun_s = time.monotonic()
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            self._begun_s = None
+
+
 @dataclass(frozen=True)
 class Pools:
     """The threads of a view: one a kind of work, so that each store sees one caller.
@@ -54,21 +79,25 @@ class Pools:
         letters, online: shared by all views, as are the producer and the store.
     """
 
-    decode: Executor
-    letters: Executor
-    online: Executor
-    offline: Executor
+    decode: Thread
+    letters: Thread
+    online: Thread
+    offline: Thread
+
+    def of_step(self, step: str) -> Thread:
+        """The thread of a step, by the step's name."""
+        return {"decode": self.decode, "dead_letters": self.letters, "online": self.online}.get(step, self.offline)
 
     @classmethod
     def of(cls, views: Iterable[str]) -> dict[str, Pools]:
         """The threads of some views, none of them started yet."""
-        letters, online = (ThreadPoolExecutor(1, f"headrace-{name}") for name in ("letters", "online"))
+        letters, online = Thread("headrace-letters"), Thread("headrace-online")
         return {
             view: cls(
-                decode=ThreadPoolExecutor(1, f"headrace-decode-{view}"),
+                decode=Thread(f"headrace-decode-{view}"),
                 letters=letters,
                 online=online,
-                offline=ThreadPoolExecutor(1, f"headrace-offline-{view}"),
+                offline=Thread(f"headrace-offline-{view}"),
             )
             for view in views
         }

@@ -8,7 +8,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from streaming.lane import Budget, Lane, StoreDownError, TopicReplacedError
 from streaming.settings import StreamSettings, View
 from streaming.share import LetterShare
 from streaming.slices import Position, Record, Slice, TopicPartition, Unread
-from streaming.stores import Pools
+from streaming.stores import Pools, Thread
 from streaming.view_steps import ViewSteps
 from tests.streaming.test_decode import VIEW, changed
 
@@ -117,18 +116,18 @@ class Bench:
         self.budget = Budget(1_000_000)
         self.ledger = StreamLedger(self.view.contract, *PARTITION)
         self.faults: list[BaseException] = []
-        self.pools = Pools(*(ThreadPoolExecutor(1) for _ in range(4)))
+        self.pools = Pools(*(Thread(name) for name in ("decode", "letters", "online", "offline")))
         decoder = JsonDecoder(self.view.contract)
         self.steps = ViewSteps(self.view, decoder, self.stores, self.pools, self.health, self.settings, self.share)
 
-    def lane(self) -> Lane:
-        start = self.ledger.end()
+    def lane(self, partition: TopicPartition = PARTITION) -> Lane:
+        ledger = StreamLedger(self.view.contract, *partition)
         return Lane(
             self.steps,
-            PARTITION,
-            start=start,
+            partition,
+            start=ledger.end(),
             topic_id="id-1",
-            ledger=self.ledger,
+            ledger=ledger,
             stores=self.stores,
             budget=self.budget,
             health=self.health,
@@ -331,6 +330,47 @@ def test_a_step_that_fails_for_too_long_is_a_fault(tmp_path: Path) -> None:
     asyncio.run(asyncio.wait_for(scenario(), 10))
     assert isinstance(bench.faults[0], StoreDownError)
     assert "HEADRACE_STORE_RETRY_SECONDS" in str(bench.faults[0])
+
+
+def test_to_wait_for_other_partitions_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call is quick enough, and the last lane waits for many of them, for longer than it may fail."""
+    monkeypatch.setattr("streaming.lane.SLOW_S", 0.3)
+
+    async def scenario() -> None:
+        lanes = [bench.lane(TopicPartition("topic", number)) for number in range(10)]
+        for number, lane in enumerate(lanes):
+            lane.put(replace(piece(0, 3), partition=TopicPartition("topic", number)))
+        await asyncio.gather(*(lane.finish(10) for lane in lanes))
+        assert [lane.end for lane in lanes] == [3] * 10
+
+    bench = Bench(tmp_path, store_retry_seconds=0.5, slice_records=1)
+    bench.stores.fail = lambda step: time.sleep(0.1) if step == "online" else None
+    asyncio.run(scenario())
+    assert bench.faults == []
+    assert b'step_retries_total{step="online"' not in bench.health.exposition()
+
+
+def test_a_store_that_does_not_answer_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streaming.lane.SLOW_S", 0.1)
+    hanging = threading.Event()
+
+    async def scenario() -> None:
+        lanes = [bench.lane(TopicPartition("topic", number)) for number in range(2)]
+        for number, lane in enumerate(lanes):
+            lane.put(replace(piece(0, 3), partition=TopicPartition("topic", number)))
+        await until(lambda: len(bench.health.failing) == 2)
+        await until(lambda: len(bench.faults) == 2)
+        for lane in lanes:
+            lane.drop()
+
+    bench = Bench(tmp_path, store_retry_seconds=0.5, slice_records=1)
+    bench.stores.fail = lambda step: (hanging.wait(5), None)[1] if step == "online" else None
+    asyncio.run(scenario())
+    hanging.set()
+    assert {str(fault) for fault in bench.faults} == {
+        f"stats topic[{number}]: step online failed for 0.5 s (HEADRACE_STORE_RETRY_SECONDS): no answer"
+        for number in range(2)
+    }
 
 
 def test_a_lane_that_cannot_finish_is_dropped_in_time(tmp_path: Path) -> None:
