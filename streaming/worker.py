@@ -7,6 +7,7 @@ that what is missing is told in one line.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import gc
 import logging
 import socket
@@ -171,6 +172,7 @@ class HeadraceApp(faust.App):
         """
         gc.collect()
         gc.freeze()
+        atexit.register(gc.unfreeze)  # extension modules tell a person of all that is never collected
         gc.set_threshold(50_000, 20, 100)
         if uvloop is not None:
             asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())

@@ -46,6 +46,13 @@ def test_errors_are_one_line_on_stderr_red_at_a_terminal(tmp_path: Path) -> None
     assert seen.raw == f"\x1b[31merror:\x1b[0m {expected}\r\n"
 
 
+def test_help_and_a_wrong_option_say_nothing_else(feature_repo_copy: RepositoryFactory) -> None:
+    settings = environment(feature_repo=feature_repo_copy())
+    helped, wrong = run(settings, "emit", "--help"), run(settings, "emit", "--nope")
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert (wrong.returncode, wrong.stderr.splitlines()[-1]) == (2, "Error: No such option: --nope")
+
+
 def test_feast_says_our_errors_in_one_line_and_its_own_as_ever(feature_repo_copy: RepositoryFactory) -> None:
     repo = feature_repo_copy(replace={'"ge": "0", "le": "1"': '"ge": "zero", "le": "1"'})
     window = ("2026-01-01T00:00:00", "2026-02-01T00:00:00")
