@@ -29,6 +29,7 @@ from streaming.settings import StreamConfig, View, schema_registry
 CHUNK = 1000
 LONGEST_LATE = timedelta(days=3)
 FUTURE = timedelta(days=365)
+_ID_S = 0.6
 _FLUSH_S = 30.0
 
 Event = dict[str, Any]
@@ -260,6 +261,8 @@ class Sender:
             "queue.buffering.max.messages": 200_000,
         }
         self._producer = Producer(client_config(config) | own)
+        # Until it has its id the first events would wait in it, half a second, and count as so much less fresh.
+        self._producer.poll(_ID_S)
         self._topic = topic
         self._taken = taken
         self._failed: KafkaError | None = None
