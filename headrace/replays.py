@@ -113,11 +113,15 @@ class ReplayLedger:
         """What the view has of each. Only what is `OPEN` may be appended."""
         found = [Standing.OPEN] * len(origins)
         for origin, rows in origins.groups():
-            taken = np.isin(origin.offsets, self._taken.get((origin.epoch, origin.partition), ()))
+            taken = np.isin(origin.offsets, self.taken(origin.epoch, origin.partition))
             fates = self._ledger(origin.partition).standings(origin.epoch, origin.offsets)
             for row, is_taken, fate in zip(rows.tolist(), taken.tolist(), fates, strict=True):
                 found[row] = Standing.REPLAYED if is_taken else fate
         return found
+
+    def taken(self, epoch: int, partition: int) -> Offsets:
+        """The offsets of a partition whose letters were taken, as far as it was read; ascending."""
+        return self._taken.get((epoch, partition), np.empty(0, dtype=np.int64))
 
     def append(self, table: pa.Table, origins: Origins, *, transform_hash: str | None = None) -> Path:
         """Take letters: extend the chain by their rows. Atomic and durable.
@@ -152,7 +156,7 @@ class ReplayLedger:
     def _note(self, footer: Footer) -> None:
         for origin in read_origins(footer):
             key = origin[:2]
-            self._taken[key] = np.union1d(self._taken.get(key, np.empty(0, dtype=np.int64)), origin[2])
+            self._taken[key] = np.union1d(self.taken(*key), origin[2])
 
     def _ledger(self, partition: int) -> StreamLedger:
         if partition not in self._ledgers:

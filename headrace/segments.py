@@ -247,7 +247,7 @@ def create(
         is_new = _linked(temporary, path, rows, footer, accepted, operation)
         if not is_new and not _has_append(path, footer.append):
             return False
-        _fsync_folder(path.parent)
+        sync_folder(path.parent)
         reached(f"{operation}.4.folder-fsynced")
     finally:
         with contextlib.suppress(OSError):  # what stays is removed by the next compaction
@@ -270,7 +270,7 @@ def lift(source: Path, target: Path) -> bool:
     except FileExistsError:
         return False
     reached("lift.1.linked")
-    _fsync_folder(target.parent)
+    sync_folder(target.parent)
     reached("lift.2.folder-fsynced")
     return True
 
@@ -281,7 +281,7 @@ def remove(*paths: Path, step: str = "remove.1.removed") -> None:
         path.unlink(missing_ok=True)
         reached(step)
     if paths:
-        _fsync_folder(paths[0].parent)
+        sync_folder(paths[0].parent)
 
 
 def read_footer(path: Path) -> Footer:
@@ -445,7 +445,7 @@ def _make_folder(folder: Path) -> None:
     try:
         for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
             missing.mkdir(exist_ok=True)
-            _fsync_folder(missing.parent)
+            sync_folder(missing.parent)
         folder.mkdir(exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         if folder.is_symlink():
@@ -495,7 +495,12 @@ def _write(
     with path.open("wb") as sink:
         # Without Arrow's own schema entry the footer has ours alone; the types survive, being Parquet's.
         with pq.ParquetWriter(
-            sink, rows.schema, compression="zstd", dictionary_pagesize_limit=DICTIONARY_BYTES, store_schema=False
+            sink,
+            rows.schema,
+            compression="zstd",
+            dictionary_pagesize_limit=DICTIONARY_BYTES,
+            store_schema=False,
+            write_page_checksum=True,  # so that `headrace.damage` finds a flipped bit
         ) as writer:
             for chunk in chunks:
                 writer.write_table(chunk, row_group_size=ROWS_A_GROUP)
@@ -510,7 +515,8 @@ def _write(
     reached(f"{operation}.2.temporary-fsynced")
 
 
-def _fsync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Faust commands of the stream: `faust -A streaming emit|start|dead-letters|replay|verify ...`.
+"""Faust commands of the stream: `faust -A streaming emit|start|restore|dead-letters|replay|verify ...`.
 
 They only read options and print; what they do is in the modules of the same names.
 """
@@ -21,6 +21,7 @@ from headrace.errors import HeadraceError
 from streaming import emit as emitting
 from streaming import letters as reading
 from streaming import replay as replaying
+from streaming import restore as restoring
 from streaming import start as starting
 from streaming import verify as verifying
 from streaming.ending import give_up, leave
@@ -106,17 +107,49 @@ class start(_Command):
     options = [  # noqa: RUF012 - Faust declares it as an attribute of instances
         option("--topic", type=str, required=True, help="The topic."),
         option("--new-epoch", is_flag=True, help="The topic was made anew: close the ledgers and open new ones."),
-        option("--at", type=str, default=None, help="earliest, latest, group, or a time such as 2026-01-31T12:00:00Z."),
+        option(
+            "--at",
+            type=str,
+            default=None,
+            help="earliest, latest, group, a time such as 2026-01-31T12:00:00Z, or an offset each: 0:1200,1:990.",
+        ),
     ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run the command."""
         chosen = self.kwargs
-        if chosen["new_epoch"] == (chosen["at"] is not None):
-            raise click.UsageError("give either --new-epoch or --at")
+        if not chosen["new_epoch"] and chosen["at"] is None:
+            raise click.UsageError("give --at, or --new-epoch, which starts at the earliest without it")
         if chosen["new_epoch"]:
-            self.finish(lambda: starting.new_epoch(self.config, chosen["topic"]))
+            self.finish(lambda: starting.new_epoch(self.config, chosen["topic"], chosen["at"] or "earliest"))
         self.finish(lambda: starting.begin(self.config, chosen["topic"], chosen["at"]))
+
+
+class restore(_Command):
+    """Set damaged segments of a topic's ledgers aside, and read again from the topic what is missing."""
+
+    abstract: ClassVar[bool] = False
+
+    options = [  # noqa: RUF012 - Faust declares it as an attribute of instances
+        option("--topic", type=str, required=True, help="The topic."),
+        option("--view", type=str, default=None, help="Only the ledgers of this view."),
+        option("--dry-run", is_flag=True, help="Read all segments, tell what is damaged or missing, change nothing."),
+    ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run the command."""
+        self.finish(self._restored)
+
+    def _restored(self) -> Mapping[str, object]:
+        chosen = self.kwargs
+        with progress.shown("restore") as meter:
+            return restoring.restore(
+                self.config,
+                chosen["topic"],
+                only=chosen["view"],
+                dry_run=chosen["dry_run"],
+                progress=lambda done, total: meter.update(done, total, "offsets read again"),
+            )
 
 
 _CHOICE = [

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Message
 
 from headrace.errors import ConfigError
-from streaming.broker import Broker, BrokerError, client_config, parse_time_ms
+from streaming.broker import Broker, parse_time_ms
 from streaming.deadletters import PREFIX, topic_of
+from streaming.ranges import records_between
 from streaming.settings import StreamConfig
 
 CHUNK_RECORDS = 10_000
-_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def read(
             starts.update({(name, n): at for n, at in broker.offsets_at(name, count, choice.since_ms).items()})
     open_ends = {place: log.latest for place, log in logs.items() if starts[place] < log.latest}
     total, done = sum(open_ends[place] - starts[place] for place in open_ends), 0
-    for messages in _messages(config, starts, open_ends, CHUNK_RECORDS):
+    for messages in records_between(config, starts, open_ends, CHUNK_RECORDS):
         done += len(messages)
         letters = [_letter(message) for message in messages]
         known = [letter for letter in letters if letter is not None]
@@ -170,7 +170,7 @@ def between(
     Raises:
         BrokerError: the broker does not answer.
     """
-    for messages in _messages(config, starts, ends, at_once):
+    for messages in records_between(config, starts, ends, at_once):
         yield from (letter for message in messages if (letter := _letter(message)) is not None)
 
 
@@ -188,66 +188,6 @@ def parse_since(text: str) -> int:
     except ValueError:
         msg = f"--since {text}: expected a time such as 2026-01-31T12:00:00Z, or a span such as 90m, 6h or 7d"
         raise ConfigError(msg) from None
-
-
-def _messages(
-    config: StreamConfig,
-    starts: Mapping[tuple[str, int], int],
-    ends: Mapping[tuple[str, int], int],
-    at_once: int,
-) -> Iterator[Sequence[Message]]:
-    """The records between starts and ends, in chunks."""
-    if not ends:
-        return
-    timeout_s = config.settings.broker_timeout_seconds
-    own = {
-        "group.id": config.group,
-        "enable.auto.commit": False,
-        "allow.auto.create.topics": False,
-        "isolation.level": "read_committed",
-        "enable.partition.eof": True,
-        "queued.max.messages.kbytes": 65_536,
-        "fetch.message.max.bytes": 4 << 20,
-    }
-    consumer = Consumer(client_config(config) | own)
-    waiting = dict(ends)
-    try:
-        consumer.assign([TopicPartition(*place, starts[place]) for place in ends])
-        silent_s = 0.0
-        while waiting:
-            batch = []
-            for message in consumer.consume(at_once, timeout=_PAUSE_S):
-                error = message.error()
-                if error is None:
-                    batch.append(message)
-                elif error.code() == KafkaError._PARTITION_EOF:
-                    waiting.pop(_place(message), None)
-                else:
-                    msg = f"the dead letters in {message.topic()} cannot be read: {error.str()}; run again"
-                    raise BrokerError(msg)
-            silent_s = 0.0 if batch else silent_s + _PAUSE_S
-            if silent_s > timeout_s:
-                msg = (
-                    f"broker {config.bootstrap} sent no dead letter for {timeout_s:g} s; check that it runs, run again"
-                )
-                raise BrokerError(msg)
-            inside = [message for message in batch if (message.offset() or 0) < ends[_place(message)]]
-            if inside:
-                yield inside
-            for place in list(waiting):
-                at = consumer.position([TopicPartition(*place)])[0].offset
-                if at >= waiting[place]:
-                    del waiting[place]
-                    consumer.incremental_unassign([TopicPartition(*place)])
-    except KafkaException as error:
-        msg = f"the dead letters on {config.bootstrap} cannot be read: {error.args[0].str()}; run again"
-        raise BrokerError(msg) from error
-    finally:
-        consumer.close()
-
-
-def _place(message: Message) -> tuple[str, int]:
-    return str(message.topic()), int(message.partition() or 0)
 
 
 def _letter(message: Message) -> StoredLetter | None:
