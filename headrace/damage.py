@@ -138,7 +138,7 @@ def set_aside(contract: ViewContract, segments: Iterable[SegmentName]) -> list[P
             os.rename(source, target)
         except FileNotFoundError:
             continue
-        reached("restore.1.set-aside")
+        reached("set-aside.1.renamed")
         sync_folder(target.parent)
         sync_folder(folder.path)
         moved.append(target)

@@ -142,8 +142,8 @@ class _Restoration:
         present = self._broker.topic_id(self._topic)
         if condition.topic_id != present and condition.topic_id is not None:
             msg = (
-                f"chain `{condition.chain}` is of the topic with id {condition.topic_id}, and `{self._topic}` has the id "
-                f"{present} now, so its offsets are others; restore the files from a backup"
+                f"chain `{condition.chain}` is of the topic with id {condition.topic_id}, and `{self._topic}` has "
+                f"the id {present} now, so its offsets are others; restore the files from a backup"
             )
             raise ConfigError(msg)
         members = self._broker.group().members if condition.is_end_lost else 0
@@ -165,8 +165,8 @@ class _Restoration:
         if log.earliest > hole.first and not self._config.settings.allow_gaps:
             msg = (
                 f"chain `{hole.chain}` lacks the offsets [{hole.first}, {hole.next}), and {where} begins at "
-                f"{log.earliest} now; restore the files from a backup, or set HEADRACE_ALLOW_GAPS=true to record the gap "
-                "and restore the rest"
+                f"{log.earliest} now; restore the files from a backup, or set HEADRACE_ALLOW_GAPS=true to record the "
+                "gap and restore the rest"
             )
             raise ConfigError(msg)
 
