@@ -106,7 +106,7 @@ def derive(name: str, segments: Iterable[SegmentName], footer_of: Callable[[Segm
                 kind = "a hole" if segment.first > end else "an overlap"
                 msg = (
                     f"chain `{name}`: {kind} at position {end}: the next file is {segment}; "
-                    "nothing may be removed from the folder by hand; restore the missing file"
+                    "nothing may be removed from the folder by hand; docs/how-to/rebuild.md says how it is restored"
                 )
                 raise LedgerError(msg)
             mark = footer_of(segment)

@@ -305,7 +305,7 @@ def _read_footer(path: Path, size: int, mtime_ns: int, inode: int) -> Footer:
             raise
         msg = (
             f"{path}: expected a segment with a `headrace` footer, found {type(error).__name__}: {error}; "
-            "move the file out of the folder, or restore it"
+            "docs/how-to/rebuild.md says how it is restored"
         )
         raise LedgerError(msg) from error
 
