@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from headrace.chains import Folder
-from headrace.compact import compact
+from headrace.compact import FILES_A_MERGE, compact
 from headrace.damage import SET_ASIDE
 from headrace.segments import SegmentName
 from tests.servers import Valkey
@@ -26,13 +27,13 @@ from tests.streaming.test_faults import make_anew
 
 
 def filled(stream: Stream, log: Path) -> Folder:
-    """A folder with several segments of each partition: events, a worker, several times."""
+    """A folder with several segments of each partition."""
     with Worker(stream.environment, log) as worker:
-        for seed in range(4):
-            emit(stream.environment, count=1500, seed=seed, bad_fraction=0.05, late_fraction=0.1)
-            worker.start().wait_ready()
+        worker.start().wait_ready()
+        for seed in range(5):
+            emit(stream.environment, count=1000, seed=seed, bad_fraction=0.05, late_fraction=0.1)
             worker.wait_drained(stream.ends())
-            worker.stop()
+        worker.stop()
     return Folder.of(contract_of(stream.repo))
 
 
@@ -51,26 +52,38 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def restored(stream: Stream, *options: str, code: int = 0) -> dict[str, Any]:
-    done = run(stream.environment, "restore", "--topic", stream.topic, *options)
+def delete_records(stream: Stream, below: dict[int, int]) -> None:
+    """Let the topic lose what lies below an offset of each partition."""
+    places = [TopicPartition(stream.topic, number, offset) for number, offset in below.items()]
+    admin = AdminClient({"bootstrap.servers": stream.broker})
+    for future in admin.delete_records(places).values():
+        future.result(10)
+
+
+def truth_of(stream: Stream) -> dict[Any, Any]:
+    """The rows of what the topic has."""
+    return judge(read_topic(stream.broker, stream.topic)).accepted
+
+
+def restored(stream: Stream, *options: str, code: int = 0, **settings: str) -> dict[str, Any]:
+    done = run({**stream.environment, **settings}, "restore", "--topic", stream.topic, *options)
     assert done.returncode == code, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-def test_damaged_segments_are_set_aside_and_read_again(stream: Stream, tmp_path: Path) -> None:
+def test_damaged_segments_are_set_aside_and_read_again(
+    stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A flipped bit, a file cut short, one that is gone, an end that is garbage, a merged file; and kills meanwhile."""
     folder = filled(stream, tmp_path / "log")
     assert restored(stream)["views"] == {}, "nothing is damaged"
+    monkeypatch.setitem(FILES_A_MERGE, 1, 2)
     compact(contract_of(stream.repo), grace_s=0)
     levels = {name.level for name in folder.names() if isinstance(name, SegmentName)}
     assert levels >= {0, 1}, "the newest of a level is never merged, the others are"
-    emit(stream.environment, count=1500, seed=9)
-    with Worker(stream.environment, tmp_path / "log") as worker:
-        worker.start().wait_ready()
-        worker.wait_drained(stream.ends())
-        worker.stop()
 
+    gone = files(folder, 3)[0]
     damaged = {
         "a bit of a merged file": files(folder, 0)[0],
         "a file cut short": files(folder, 1)[-2],
@@ -79,7 +92,6 @@ def test_damaged_segments_are_set_aside_and_read_again(stream: Stream, tmp_path:
     flip(damaged["a bit of a merged file"])
     damaged["a file cut short"].write_bytes(damaged["a file cut short"].read_bytes()[:-9])
     damaged["an end"].write_bytes(b"garbage")
-    gone = files(folder, 3)[0]
     gone.unlink()
 
     told = restored(stream, "--dry-run", code=1)["views"]["driver_stats"]
@@ -109,54 +121,44 @@ def test_damaged_segments_are_set_aside_and_read_again(stream: Stream, tmp_path:
     verify(stream.broker, stream.topic, stream.repo)
 
 
-def test_a_lost_end_is_not_restored_beside_workers_that_know_it(stream: Stream, tmp_path: Path) -> None:
+def test_ends_gaps_and_a_whole_folder(stream: Stream, tmp_path: Path) -> None:
     folder = filled(stream, tmp_path / "log")
+
+    # Workers that know where a ledger ended would go on behind it.
+    end = files(folder, 2)[-1]
+    content = end.read_bytes()
     with Worker(stream.environment, tmp_path / "log") as worker:
         worker.start().wait_ready()
-        files(folder, 2)[-1].write_bytes(b"garbage")
+        end.write_bytes(b"garbage")
         refused = run(stream.environment, "restore", "--topic", stream.topic)
         assert refused.returncode == 1
         assert "is damaged, and 1 workers of group" in refused.stderr
-        worker.kill()
+        worker.stop()
+    end.write_bytes(content)
 
-
-def test_what_the_topic_lost_too_is_a_gap_once_allowed(stream: Stream, tmp_path: Path) -> None:
-    folder = filled(stream, tmp_path / "log")
+    # What the topic lost too is a gap, once that is allowed.
     first, second = files(folder, 0)[:2]
     lost = int(second.name[-28:-8]) - 3
     first.unlink()
-    admin = AdminClient({"bootstrap.servers": stream.broker})
-    for future in admin.delete_records([TopicPartition(stream.topic, 0, lost)]).values():
-        future.result(10)
+    delete_records(stream, {0: lost})
     refused = run(stream.environment, "restore", "--topic", stream.topic)
     assert refused.returncode == 1
     assert f"begins at {lost} now; restore the files from a backup, or set HEADRACE_ALLOW_GAPS=true" in refused.stderr
-    stream.environment["HEADRACE_ALLOW_GAPS"] = "true"
-    (told,) = restored(stream)["views"]["driver_stats"].values()
-    assert told["lost"] == [[0, lost]]
-    assert told["restored"] == [[lost, lost + 3]]
-    truth = judge(read_topic(stream.broker, stream.topic))
-    found = read_offline(contract_of(stream.repo), stream.topic).rows
-    assert found == truth.accepted
+    (told,) = restored(stream, HEADRACE_ALLOW_GAPS="true")["views"]["driver_stats"].values()
+    assert (told["lost"], told["restored"]) == ([[0, lost]], [[lost, lost + 3]])
+    assert read_offline(contract_of(stream.repo), stream.topic).rows == truth_of(stream)
 
-
-def test_a_lost_offline_store_is_read_again_from_the_topic(stream: Stream, tmp_path: Path) -> None:
-    """As far as the topic reaches back; what it no longer has is told."""
-    folder = filled(stream, tmp_path / "log")
+    # Of the whole folder what the topic still has is read again, and told is what it has not.
     shutil.rmtree(folder.path)
-    admin = AdminClient({"bootstrap.servers": stream.broker})
-    for future in admin.delete_records([TopicPartition(stream.topic, n, 40) for n in range(4)]).values():
-        future.result(10)
+    starts = {0: lost, 1: 40, 2: 0, 3: 1}
+    delete_records(stream, starts)
     started = run(stream.environment, "start", "--topic", stream.topic, "--at", "earliest")
-    assert json.loads(started.stdout)["starts"] == dict.fromkeys("0123", 40)
+    assert json.loads(started.stdout)["starts"] == {str(number): offset for number, offset in starts.items()}
     with Worker(stream.environment, tmp_path / "log") as worker:
         worker.start().wait_ready()
         worker.wait_drained(stream.ends())
         worker.stop()
-    assert (
-        read_offline(contract_of(stream.repo), stream.topic).rows
-        == judge(read_topic(stream.broker, stream.topic)).accepted
-    )
+    assert read_offline(contract_of(stream.repo), stream.topic).rows == truth_of(stream)
 
 
 def test_a_move_to_another_cluster_with_an_exact_start(stream: Stream, tmp_path: Path) -> None:
@@ -181,8 +183,7 @@ def test_a_move_to_another_cluster_with_an_exact_start(stream: Stream, tmp_path:
         worker.start().wait_ready()
         worker.wait_drained(stream.ends())
         worker.stop()
-    truth = judge(read_topic(stream.broker, stream.topic)).accepted
-    expected = {origin: row for origin, row in truth.items() if origin[1] >= exact[origin[0]]}
+    expected = {origin: row for origin, row in truth_of(stream).items() if origin[1] >= exact[origin[0]]}
     assert len(expected) == 900
     assert read_offline(contract_of(stream.repo), stream.topic, epoch=1).rows == expected
     assert len(read_offline(contract_of(stream.repo), stream.topic, epoch=0).rows) == 2000
