@@ -54,8 +54,6 @@ check: setup ## formatting, lint, types, import directions, links of the documen
 	$(BIN)/pre-commit validate-config
 	$(BIN)/zensical build --clean --strict
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
-	$(BIN)/pre-commit validate-config
 
 docs: setup ## write the reference from the code, and serve the documentation on http://127.0.0.1:8000 while it is edited
 	$(PYTHON) -m tests.reference

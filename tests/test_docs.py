@@ -179,7 +179,12 @@ def _parse(block: Block) -> None:
 
 
 def test_few_blocks_are_not_run() -> None:
-    marks = [f"{page.name}: {block.mark}" for page in PAGES for block in blocks_of(page) if block.mark]
+    marks = [
+        f"{page.name}: {block.mark}"
+        for page in PAGES
+        for block in blocks_of(page)
+        if (block.mark or "").startswith("not run")
+    ]
     assert len(marks) <= NOT_RUN_AT_MOST, "\n".join(marks)
 
 
