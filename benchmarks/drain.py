@@ -212,10 +212,16 @@ def compare_online(store: FeatureStore, view: str, kinds: Mapping[str, pa.DataTy
 
 
 class RunningWorker:
-    """A Headrace worker's process."""
+    """A Headrace worker's process.
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path, begun: float) -> None:
+    Attributes:
+        port: of its pages.
+        begun: when it was started, on the clock of `time.perf_counter`.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path, begun: float) -> None:
         self.process = process
+        self.port = port
         self.begun = begun
         self._log = log
 
@@ -238,7 +244,7 @@ def worker(broker: str, repo: Repository, log: Path) -> Iterator[RunningWorker]:
         while not is_ready(port):
             ensure_running(process, log, begun, START_TIMEOUT_S)
             time.sleep(0.01)
-        yield RunningWorker(process, log, begun)
+        yield RunningWorker(process, port, log, begun)
 
 
 @contextlib.contextmanager

@@ -63,7 +63,14 @@ WIDE = Shape(
 )
 """50 features of six types, about 2,000 bytes an event."""
 
-SHAPES = {shape.name: shape for shape in (DRIVERS, WIDE)}
+MIDDLE = Shape(
+    "middle",
+    tuple((name, FEATURE_TYPES[index % len(FEATURE_TYPES)]) for index, name in enumerate(feature_names(20))),
+    ({},) * 20,
+)
+"""20 features of six types."""
+
+SHAPES = {shape.name: shape for shape in (DRIVERS, WIDE, MIDDLE)}
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ class Bench:
         self._begun = time.monotonic()
         self._places = 0
         self._loads: dict[str, tuple[Load, Truth]] = {}
+        self.bytes: dict[str, int] = {}
 
     def scaled(self, count: int) -> int:
         """A number of events at this scale."""
@@ -146,6 +147,7 @@ class Bench:
                 for share in shares
             ]
             size = sum(answer["bytes"] for answer in at_once(calls))
+            self.bytes[topic] = size
             took_s = time.monotonic() - begun
             self.say(f"produced {load.count:,} events of {size / load.count:.0f} bytes to `{topic}`: {took_s:.1f} s")
             self._loads[topic] = load, truth(load, SAMPLES)

@@ -1,0 +1,279 @@
+"""What an event costs a worker and the stores, by kind of load and number of workers; and a model of it, checked.
+
+    python -m benchmarks.scale [--only base wide ...] [--scale 1.0] [--write docs/scale.md]
+
+Each point drains a topic of a real Kafka into Redis or Valkey and Parquet, and asks the workers what it took them:
+CPU, rows written online, bytes appended. Three points give the model its numbers, the others are foretold by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import redis
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.drain import DRAIN_TIMEOUT_S, LEDGER_PAUSE_S, Repository, RunningWorker, compare, worker
+from benchmarks.events import DRIVERS, MIDDLE, SHAPES, WIDE
+from benchmarks.measure import (
+    MILLION,
+    MeasureError,
+    measured,
+    redis_program,
+    redis_version,
+    short,
+    table,
+    write_between,
+)
+from benchmarks.stream import Bench, kafka_version
+from headrace.chains import files
+from tests.servers import Kafka, Valkey
+
+HEADS = (
+    "what",
+    "events/s",
+    "CPU of the workers",
+    "foretold",
+    "off by",
+    "rows online",
+    "CPU of the online store",
+    "commands",
+    "offline",
+    "files",
+)
+BOUND = 0.25
+"""By how much what the model foretells may be off."""
+
+CPU = "process_cpu_seconds_total"
+PACKAGES = ("feast", "faust-streaming", "aiokafka", "pyarrow", "redis", "hiredis")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A load.
+
+    Attributes:
+        rate: events a second; None is a backlog.
+        is_given: whether the model takes its numbers from it.
+    """
+
+    what: str
+    events: int
+    shape: str = DRIVERS.name
+    keys: int = 10_000
+    partitions: int = 4
+    workers: int = 1
+    is_given: bool = False
+
+
+POINTS = {
+    "base": Point("3 features, 10,000 keys", 2 * MILLION, is_given=True),
+    "wide": Point("50 features", 200_000, WIDE.name, is_given=True),
+    "keys": Point("3 features, 1,000,000 keys", 2 * MILLION, keys=MILLION, is_given=True),
+    "middle": Point("20 features", 500_000, MIDDLE.name),
+    "some-keys": Point("3 features, 100,000 keys", 2 * MILLION, keys=100_000),
+    "partitions": Point("3 features, 16 partitions", 2 * MILLION, partitions=16),
+    "workers-2": Point("the same, 2 workers", 2 * MILLION, partitions=16, workers=2),
+    "workers-4": Point("the same, 4 workers", 2 * MILLION, partitions=16, workers=4),
+    "workers-8": Point("the same, 8 workers", 2 * MILLION, partitions=16, workers=8),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a load took, by event.
+
+    Attributes:
+        event_bytes: of JSON.
+        cpu_us: of all workers together, from their being ready on.
+        online_rows: rows that were offered to the online store: the newest of each key in each call.
+        store_cpu_us, commands: of the online store, likewise.
+        offline_bytes: appended.
+        files: that were appended, in all.
+    """
+
+    event_bytes: float
+    events_a_second: float
+    cpu_us: float
+    online_rows: float
+    store_cpu_us: float
+    commands: float
+    offline_bytes: float
+    files: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """CPU of an event: a part for itself, one for each byte of it, and one for each value that goes online.
+
+    Numbers in microseconds, by least squares over the points that are given.
+    """
+
+    event: float
+    byte: float
+    online_row: float
+
+    @classmethod
+    def of(cls, costs: Sequence[Cost]) -> Model:
+        """The model that meets some costs best."""
+        terms = np.array([cls._terms(cost) for cost in costs])
+        event, byte, row = np.linalg.lstsq(terms, np.array([cost.cpu_us for cost in costs]), rcond=None)[0].tolist()
+        return cls(event, byte, row)
+
+    def cpu_us(self, cost: Cost) -> float:
+        """What an event of such a load takes."""
+        return float(np.dot(self._terms(cost), (self.event, self.byte, self.online_row)))
+
+    @staticmethod
+    def _terms(cost: Cost) -> tuple[float, float, float]:
+        return 1.0, cost.event_bytes, cost.online_rows
+
+
+def cost_of(bench: Bench, name: str, point: Point) -> Cost:
+    """Drain a load, and ask what it took.
+
+    Raises:
+        MeasureError: a worker failed, or the stores do not hold what they should.
+    """
+    load, truth = bench.load(
+        f"{point.shape}-{point.keys}-{point.partitions}",
+        point.events,
+        shape=point.shape,
+        keys=point.keys,
+        partitions=point.partitions,
+    )
+    bench.empty_valkey()
+    place = bench.place()
+    repo = Repository(place / "repo", load.topic, SHAPES[load.shape], bench.valkey.address)
+    with redis.Redis.from_url(f"redis://{bench.valkey.address}") as client:
+        before = _store_figures(client)
+        with contextlib.ExitStack() as stack:
+            logs = [place / f"worker-{number}.log" for number in range(point.workers)]
+            running = [stack.enter_context(worker(bench.kafka.address, repo, log)) for log in logs]
+            ready = [_figures(one)[CPU] for one in running]
+            begun = time.perf_counter()
+            while repo.end(load.partitions) < load.count:
+                for one in running:
+                    one.is_in_time(DRAIN_TIMEOUT_S)
+                time.sleep(LEDGER_PAUSE_S)
+            took_s = time.perf_counter() - begun
+            figures = [_figures(one) for one in running]
+        after = _store_figures(client)
+    compare(repo, load, truth)
+    appended = len(files(repo.contract))
+    shutil.rmtree(place)
+    cost = Cost(
+        event_bytes=bench.bytes[load.topic] / load.count,
+        events_a_second=load.count / took_s,
+        cpu_us=(sum(one[CPU] for one in figures) - sum(ready)) / load.count * 1e6,
+        online_rows=sum(one["headrace_online_rows_offered_total"] for one in figures) / load.count,
+        store_cpu_us=(after[0] - before[0]) / load.count * 1e6,
+        commands=(after[1] - before[1]) / load.count,
+        offline_bytes=sum(one["headrace_offline_appended_bytes_total"] for one in figures) / load.count,
+        files=appended,
+    )
+    bench.say(f"{name}: {cost}")
+    return cost
+
+
+def _figures(one: RunningWorker) -> dict[str, float]:
+    """What a worker counts, all labels of a metric together."""
+    with urlopen(f"http://127.0.0.1:{one.port}/metrics", timeout=10.0) as answer:
+        text = answer.read().decode()
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found
+
+
+def _store_figures(client: redis.Redis) -> tuple[float, float]:
+    """CPU seconds of the server, and the commands that it has processed."""
+    info: dict[str, Any] = client.info()  # type: ignore[assignment]
+    return float(info["used_cpu_user"] + info["used_cpu_sys"]), float(info["total_commands_processed"])
+
+
+def rows_of(costs: dict[str, Cost]) -> list[tuple[str, ...]]:
+    """The table: what was measured, and what the model foretells of the points that did not make it.
+
+    Raises:
+        MeasureError: not all points that the model needs were measured.
+    """
+    given = [name for name, point in POINTS.items() if point.is_given]
+    if not set(given) <= set(costs):
+        raise MeasureError(f"the model needs the points {', '.join(given)}")
+    model = Model.of([costs[name] for name in given])
+    rows: list[tuple[str, ...]] = []
+    for name, cost in costs.items():
+        point = POINTS[name]
+        foretold = model.cpu_us(cost)
+        off = foretold / cost.cpu_us - 1
+        rows.append(
+            (
+                f"{point.what}, {cost.event_bytes:.0f} bytes, {short(point.events)} events",
+                f"{float(f'{cost.events_a_second:.3g}'):,.0f}",
+                f"{cost.cpu_us:.2f} µs",
+                "given" if point.is_given else f"{foretold:.2f} µs",
+                "" if point.is_given else f"{off:+.0%}{'' if abs(off) <= BOUND else ' **more than 25%**'}",
+                f"{cost.online_rows:.3f}",
+                f"{cost.store_cpu_us:.2f} µs",
+                f"{cost.commands:.4f}",
+                f"{cost.offline_bytes:.1f} bytes",
+                f"{cost.files:,}",
+            )
+        )
+    return rows
+
+
+def report(costs: dict[str, Cost], scale: float, took_s: float, servers: str) -> str:
+    """The table, the model, the machine and the versions, as Markdown."""
+    model = Model.of([costs[name] for name, point in POINTS.items() if point.is_given])
+    formula = (
+        f"CPU of the workers, µs an event = {model.event:.2f} + {model.byte:.4f} x bytes of JSON "
+        f"+ {model.online_row:.2f} x rows online"
+    )
+    return f"{table(HEADS, rows_of(costs))}\n\n{formula}\n\n{measured(scale, took_s, servers, PACKAGES)}"
+
+
+def main() -> int:
+    """Measure the points asked for and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description="What an event costs.")
+    parser.add_argument("--only", nargs="+", choices=POINTS, default=list(POINTS), help="which points; all of them")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the loads; 1")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of a file")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers and data go too
+    folder = Path(tempfile.mkdtemp(prefix="headrace-scale-"))
+    begun = time.monotonic()
+    try:
+        with Kafka(heap="1g") as kafka, Valkey(program=redis_program()) as valkey:
+            with redis.Redis.from_url(f"redis://{valkey.address}") as client:
+                servers = f"Apache Kafka {kafka_version()}, {redis_version(client.info())}"
+            bench = Bench(folder, kafka, valkey, 1, arguments.scale)
+            costs = {name: cost_of(bench, name, POINTS[name]) for name in arguments.only}
+        text = report(costs, arguments.scale, time.monotonic() - begun, servers)
+        print(f"\n{text}")
+        if arguments.write is not None:
+            write_between(arguments.write, "scale", text)
+    except MeasureError as error:
+        print(f"benchmarks.scale: {error}", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
