@@ -25,8 +25,16 @@ import numpy as np
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.drain import DRAIN_TIMEOUT_S, LEDGER_PAUSE_S, Repository, RunningWorker, compare, worker
-from benchmarks.events import DRIVERS, MIDDLE, SHAPES, WIDE
+from benchmarks.drain import (
+    DRAIN_TIMEOUT_S,
+    LEDGER_PAUSE_S,
+    START_TIMEOUT_S,
+    Repository,
+    RunningWorker,
+    compare,
+    worker,
+)
+from benchmarks.events import DRIVERS, MIDDLE, SHAPES, WIDE, Load, truth
 from benchmarks.measure import (
     MILLION,
     MeasureError,
@@ -37,7 +45,7 @@ from benchmarks.measure import (
     table,
     write_between,
 )
-from benchmarks.stream import Bench, kafka_version
+from benchmarks.stream import SAMPLES, Bench, kafka_version
 from headrace.chains import files
 from tests.servers import Kafka, Valkey
 
@@ -65,7 +73,7 @@ class Point:
     """A load.
 
     Attributes:
-        rate: events a second; None is a backlog.
+        is_live: whether the workers are there before the events: else these are a backlog.
         is_given: whether the model takes its numbers from it.
     """
 
@@ -75,6 +83,7 @@ class Point:
     keys: int = 10_000
     partitions: int = 4
     workers: int = 1
+    is_live: bool = False
     is_given: bool = False
 
 
@@ -84,10 +93,10 @@ POINTS = {
     "keys": Point("3 features, 1,000,000 keys", 2 * MILLION, keys=MILLION, is_given=True),
     "middle": Point("20 features", 500_000, MIDDLE.name),
     "some-keys": Point("3 features, 100,000 keys", 2 * MILLION, keys=100_000),
-    "partitions": Point("3 features, 16 partitions", 2 * MILLION, partitions=16),
-    "workers-2": Point("the same, 2 workers", 2 * MILLION, partitions=16, workers=2),
-    "workers-4": Point("the same, 4 workers", 2 * MILLION, partitions=16, workers=4),
-    "workers-8": Point("the same, 8 workers", 2 * MILLION, partitions=16, workers=8),
+    "workers-1": Point("16 partitions, as they come, 1 worker", 2 * MILLION, partitions=16, is_live=True),
+    "workers-2": Point("16 partitions, as they come, 2 workers", 2 * MILLION, partitions=16, workers=2, is_live=True),
+    "workers-4": Point("16 partitions, as they come, 4 workers", 2 * MILLION, partitions=16, workers=4, is_live=True),
+    "workers-8": Point("16 partitions, as they come, 8 workers", 2 * MILLION, partitions=16, workers=8, is_live=True),
 }
 
 
@@ -147,13 +156,9 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
     Raises:
         MeasureError: a worker failed, or the stores do not hold what they should.
     """
-    load, truth = bench.load(
-        f"{point.shape}-{point.keys}-{point.partitions}",
-        point.events,
-        shape=point.shape,
-        keys=point.keys,
-        partitions=point.partitions,
-    )
+    make = bench.planned if point.is_live else bench.load
+    found = make(name, point.events, shape=point.shape, keys=point.keys, partitions=point.partitions)
+    load = found if isinstance(found, Load) else found[0]
     bench.empty_valkey()
     place = bench.place()
     repo = Repository(place / "repo", load.topic, SHAPES[load.shape], bench.valkey.address)
@@ -162,8 +167,11 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
         with contextlib.ExitStack() as stack:
             logs = [place / f"worker-{number}.log" for number in range(point.workers)]
             running = [stack.enter_context(worker(bench.kafka.address, repo, log)) for log in logs]
+            _wait_shared(running, load.partitions)
             ready = [_figures(one)[CPU] for one in running]
             begun = time.perf_counter()
+            if point.is_live:
+                bench.produce(load)
             while repo.end(load.partitions) < load.count:
                 for one in running:
                     one.is_in_time(DRAIN_TIMEOUT_S)
@@ -171,21 +179,29 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
             took_s = time.perf_counter() - begun
             figures = [_figures(one) for one in running]
         after = _store_figures(client)
-    compare(repo, load, truth)
+    compare(repo, load, truth(load, SAMPLES))
     appended = len(files(repo.contract))
     shutil.rmtree(place)
     cost = Cost(
         event_bytes=bench.bytes[load.topic] / load.count,
         events_a_second=load.count / took_s,
         cpu_us=(sum(one[CPU] for one in figures) - sum(ready)) / load.count * 1e6,
-        online_rows=sum(one["headrace_online_rows_offered_total"] for one in figures) / load.count,
+        online_rows=sum(one.get("headrace_online_rows_offered_total", 0.0) for one in figures) / load.count,
         store_cpu_us=(after[0] - before[0]) / load.count * 1e6,
         commands=(after[1] - before[1]) / load.count,
-        offline_bytes=sum(one["headrace_offline_appended_bytes_total"] for one in figures) / load.count,
+        offline_bytes=sum(one.get("headrace_offline_appended_bytes_total", 0.0) for one in figures) / load.count,
         files=appended,
     )
     bench.say(f"{name}: {cost}")
     return cost
+
+
+def _wait_shared(running: Sequence[RunningWorker], partitions: int) -> None:
+    """Wait until each worker has its share of the partitions."""
+    while any(_figures(one)["headrace_assigned_partitions"] != partitions // len(running) for one in running):
+        for one in running:
+            one.is_in_time(START_TIMEOUT_S)
+        time.sleep(LEDGER_PAUSE_S)
 
 
 def _figures(one: RunningWorker) -> dict[str, float]:

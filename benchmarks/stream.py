@@ -137,21 +137,28 @@ class Bench:
     def load(self, topic: str, events: int, **more: Any) -> tuple[Load, Truth]:
         """A topic with events, produced when it is first asked for, and what must be stored of it."""
         if topic not in self._loads:
-            arguments = {"shape": DRIVERS.name, **more}
-            load = Load(topic, count=self.scaled(events), until_us=time.time_ns() // 1_000, **arguments)
-            self.kafka.create_topic(topic, partitions=load.partitions)
-            begun = time.monotonic()
-            shares = [list(range(load.partitions))[number::PRODUCERS] for number in range(PRODUCERS)]
-            calls = [
-                partial(self._produce, address=self.kafka.address, load=asdict(load), partitions=share)
-                for share in shares
-            ]
-            size = sum(answer["bytes"] for answer in at_once(calls))
-            self.bytes[topic] = size
-            took_s = time.monotonic() - begun
-            self.say(f"produced {load.count:,} events of {size / load.count:.0f} bytes to `{topic}`: {took_s:.1f} s")
+            load = self.planned(topic, events, **more)
+            self.produce(load)
             self._loads[topic] = load, truth(load, SAMPLES)
         return self._loads[topic]
+
+    def planned(self, topic: str, events: int, **more: Any) -> Load:
+        """A topic, made, and the events that it is to have."""
+        arguments = {"shape": DRIVERS.name, **more}
+        load = Load(topic, count=self.scaled(events), until_us=time.time_ns() // 1_000, **arguments)
+        self.kafka.create_topic(topic, partitions=load.partitions)
+        return load
+
+    def produce(self, load: Load) -> None:
+        """Produce a topic's events, as quickly as may be."""
+        begun = time.monotonic()
+        shares = [list(range(load.partitions))[number::PRODUCERS] for number in range(PRODUCERS)]
+        calls = [
+            partial(self._produce, address=self.kafka.address, load=asdict(load), partitions=share) for share in shares
+        ]
+        size = self.bytes[load.topic] = sum(answer["bytes"] for answer in at_once(calls))
+        took_s = time.monotonic() - begun
+        self.say(f"produced {load.count:,} events of {size / load.count:.0f} bytes to `{load.topic}`: {took_s:.1f} s")
 
     def drain(self, name: str, load: Load, expected: Truth, *, with_redis: bool = True) -> Drained:
         """Drain a topic with a Headrace worker into empty stores."""
