@@ -3,7 +3,7 @@
     python -m benchmarks.scale [--only base wide ...] [--scale 1.0] [--write docs/scale.md]
 
 Each point drains a topic of a real Kafka into Redis or Valkey and Parquet, and asks the workers what it took them:
-CPU, rows written online, bytes appended. Three points give the model its numbers, the others are foretold by it.
+CPU, rows written online, bytes appended. Four points give the model its numbers, the others are foretold by it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ HEADS = (
     "CPU of the workers",
     "foretold",
     "off by",
-    "rows online",
+    "keys online",
+    "steps",
     "CPU of the online store",
     "commands",
     "offline",
@@ -93,7 +94,9 @@ POINTS = {
     "keys": Point("3 features, 1,000,000 keys", 2 * MILLION, keys=MILLION, is_given=True),
     "middle": Point("20 features", 500_000, MIDDLE.name),
     "some-keys": Point("3 features, 100,000 keys", 2 * MILLION, keys=100_000),
-    "workers-1": Point("16 partitions, as they come, 1 worker", 2 * MILLION, partitions=16, is_live=True),
+    "workers-1": Point(
+        "16 partitions, as they come, 1 worker", 2 * MILLION, partitions=16, is_live=True, is_given=True
+    ),
     "workers-2": Point("16 partitions, as they come, 2 workers", 2 * MILLION, partitions=16, workers=2, is_live=True),
     "workers-4": Point("16 partitions, as they come, 4 workers", 2 * MILLION, partitions=16, workers=4, is_live=True),
     "workers-8": Point("16 partitions, as they come, 8 workers", 2 * MILLION, partitions=16, workers=8, is_live=True),
@@ -107,7 +110,8 @@ class Cost:
     Attributes:
         event_bytes: of JSON.
         cpu_us: of all workers together, from their being ready on.
-        online_rows: rows that were offered to the online store: the newest of each key in each call.
+        online_keys: keys that were written online: those that a call had, once, unless what is there was newer.
+        steps: calls of the steps: a batch is decoded, written online and appended in one each.
         store_cpu_us, commands: of the online store, likewise.
         offline_bytes: appended.
         files: that were appended, in all.
@@ -116,7 +120,8 @@ class Cost:
     event_bytes: float
     events_a_second: float
     cpu_us: float
-    online_rows: float
+    online_keys: float
+    steps: float
     store_cpu_us: float
     commands: float
     offline_bytes: float
@@ -125,29 +130,29 @@ class Cost:
 
 @dataclass(frozen=True)
 class Model:
-    """CPU of an event: a part for itself, one for each byte of it, and one for each value that goes online.
+    """CPU of an event: a part for itself, for each byte of it, for what goes online, and its share of the steps.
 
     Numbers in microseconds, by least squares over the points that are given.
     """
 
     event: float
     byte: float
-    online_row: float
+    online_key: float
+    step: float
 
     @classmethod
     def of(cls, costs: Sequence[Cost]) -> Model:
         """The model that meets some costs best."""
         terms = np.array([cls._terms(cost) for cost in costs])
-        event, byte, row = np.linalg.lstsq(terms, np.array([cost.cpu_us for cost in costs]), rcond=None)[0].tolist()
-        return cls(event, byte, row)
+        return cls(*np.linalg.lstsq(terms, np.array([cost.cpu_us for cost in costs]), rcond=None)[0].tolist())
 
     def cpu_us(self, cost: Cost) -> float:
         """What an event of such a load takes."""
-        return float(np.dot(self._terms(cost), (self.event, self.byte, self.online_row)))
+        return float(np.dot(self._terms(cost), (self.event, self.byte, self.online_key, self.step)))
 
     @staticmethod
-    def _terms(cost: Cost) -> tuple[float, float, float]:
-        return 1.0, cost.event_bytes, cost.online_rows
+    def _terms(cost: Cost) -> tuple[float, float, float, float]:
+        return 1.0, cost.event_bytes, cost.online_keys, cost.steps
 
 
 def cost_of(bench: Bench, name: str, point: Point) -> Cost:
@@ -186,7 +191,8 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
         event_bytes=bench.bytes[load.topic] / load.count,
         events_a_second=load.count / took_s,
         cpu_us=(sum(one[CPU] for one in figures) - sum(ready)) / load.count * 1e6,
-        online_rows=sum(one.get("headrace_online_rows_offered_total", 0.0) for one in figures) / load.count,
+        online_keys=sum(one.get("headrace_online_keys_written_total", 0.0) for one in figures) / load.count,
+        steps=sum(one.get("headrace_step_duration_seconds_count", 0.0) for one in figures) / load.count,
         store_cpu_us=(after[0] - before[0]) / load.count * 1e6,
         commands=(after[1] - before[1]) / load.count,
         offline_bytes=sum(one.get("headrace_offline_appended_bytes_total", 0.0) for one in figures) / load.count,
@@ -243,7 +249,8 @@ def rows_of(costs: dict[str, Cost]) -> list[tuple[str, ...]]:
                 f"{cost.cpu_us:.2f} µs",
                 "given" if point.is_given else f"{foretold:.2f} µs",
                 "" if point.is_given else f"{off:+.0%}{'' if abs(off) <= BOUND else ' **more than 25%**'}",
-                f"{cost.online_rows:.3f}",
+                f"{cost.online_keys:.3f}",
+                f"{cost.steps:.6f}",
                 f"{cost.store_cpu_us:.2f} µs",
                 f"{cost.commands:.4f}",
                 f"{cost.offline_bytes:.1f} bytes",
@@ -258,7 +265,7 @@ def report(costs: dict[str, Cost], scale: float, took_s: float, servers: str) ->
     model = Model.of([costs[name] for name, point in POINTS.items() if point.is_given])
     formula = (
         f"CPU of the workers, µs an event = {model.event:.2f} + {model.byte:.4f} x bytes of JSON "
-        f"+ {model.online_row:.2f} x rows online"
+        f"+ {model.online_key:.2f} x keys online + {model.step:.0f} x steps"
     )
     return f"{table(HEADS, rows_of(costs))}\n\n{formula}\n\n{measured(scale, took_s, servers, PACKAGES)}"
 
