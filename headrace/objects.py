@@ -43,6 +43,8 @@ _AHEAD_BYTES = 1 << 16
 
 _CODE = re.compile(r"<Code>([^<]{1,100})</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]{1,300})</Message>")
+_DENIED = re.compile(r"status (?:code )?40[13]\b")
+_REFUSALS = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _STATUS = re.compile(r"status (?:code )?(\d{3}[^:\n,\"]{0,40})")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -213,7 +215,9 @@ def create(path: ObjectPath, data: bytes | memoryview) -> bool:
 
     with _naming(path):
         try:
-            obstore.put(_store(path, len(data)), path.key, data, mode="create", use_multipart=False)
+            obstore.put(
+                _store(path, len(data)), path.key, memoryview(data).cast("B"), mode="create", use_multipart=False
+            )
         except (AlreadyExistsError, PreconditionError):
             return False
     return True
@@ -224,7 +228,7 @@ def write(path: ObjectPath, data: bytes | memoryview) -> None:
     import obstore  # noqa: PLC0415
 
     with _naming(path):
-        obstore.put(_store(path, len(data)), path.key, data, use_multipart=False)
+        obstore.put(_store(path, len(data)), path.key, memoryview(data).cast("B"), use_multipart=False)
 
 
 def remove(path: ObjectPath) -> None:
@@ -331,7 +335,8 @@ def _client(bucket: Bucket, is_bulk: bool) -> Any:
         if bucket.scheme == "az":
             return AzureStore(bucket.name, **common)
         endpoint = {} if (url := _endpoint(bucket)) is None else {"endpoint": url}
-        return S3Store(bucket.name, **endpoint, **_credentials(), **common)
+        settings: dict[str, Any] = {**endpoint, **_credentials(), **common}
+        return S3Store(bucket.name, **settings)
     except HeadraceError:
         raise
     except (BaseError, ValueError, OSError) as error:
@@ -418,25 +423,25 @@ def _naming(path: ObjectPath) -> Iterator[None]:
 
     try:
         yield
-    except FileNotFoundError as error:
-        if "NoSuchBucket" in str(error) or "bucket does not exist" in str(error):
-            msg = f"{path}: there is no bucket `{path.bucket.name}` at {_where(path)}; create it, or correct the path"
-            raise _RefusedError(msg) from None
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
     except PreconditionError:  # another object has the name now
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
-    except (PermissionDeniedError, UnauthenticatedError) as error:
-        msg = (
-            f"{path}: {_where(path)} refuses these credentials: {_said(error)}; correct them (AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role), or allow them to list, read, write and delete"
-        )
-        raise _RefusedError(msg) from None
     except (BaseError, OSError) as error:
         text = str(error)
-        if "NoSuchBucket" in text:
-            msg = f"{path}: there is no bucket `{path.bucket.name}` at {_where(path)}; create it, or correct the path"
+        where, code = _where(path), _CODE.search(text)
+        if "NoSuchBucket" in text or "NoSuchContainer" in text or "bucket does not exist" in text:
+            msg = f"{path}: there is no bucket `{path.bucket.name}` at {where}; create it, or correct the path"
             raise _RefusedError(msg) from None
-        msg = f"{path}: {_where(path)} does not do it: {_said(error)}"
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+        is_refused = isinstance(error, PermissionDeniedError | UnauthenticatedError)
+        if is_refused or _DENIED.search(text) or (code is not None and code[1] in _REFUSALS):
+            msg = (
+                f"{path}: {where} refuses these credentials: {_said(error)}; correct them (AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role), or allow them to list, read, write and "
+                "delete here"
+            )
+            raise _RefusedError(msg) from None
+        msg = f"{path}: {where} does not do it: {_said(error)}"
         raise TransientError(msg) from None
 
 

@@ -5,46 +5,36 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Iterator
-from datetime import timedelta
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import headrace
-from headrace import objects
-from headrace.chains import Folder, StreamLedger, push, replace_day
+from headrace import faults, objects
+from headrace.chains import Folder, StreamLedger, accepted_offsets, push, replace_day
 from headrace.compact import compact
 from headrace.contract import ViewContract
-from headrace.errors import ConfigError, TransientError
+from headrace.errors import ConfigError, LostRaceError, TransientError
 from headrace.objects import Bucket, ObjectPath
 from headrace.place import readable
+from headrace.retain import retain
 from headrace.scan import Window, rows_within
-from headrace.segments import Footer, SegmentName, create, new_append_id
+from headrace.segments import Footer, SegmentName, create, new_append_id, read_footer
 from tests.headrace.test_chains import (  # noqa: F401 - collected here too, on the contract below
     DAY,
     offsets,
     some,
-    test_a_close_that_loses_to_another_of_the_same_topic_opens_no_second_epoch,
     test_a_closed_epoch_is_followed_by_the_next,
     test_an_append_is_the_commit,
     test_an_append_that_would_leave_a_hole_is_refused,
     test_beginning_in_the_middle,
-    test_the_end_needs_no_more_than_the_last_file_of_each_level,
-    test_the_rows_that_were_read_last_count_whoever_comes_last,
 )
-from tests.headrace.test_compact import (  # noqa: F401
-    test_a_frozen_compactor_harms_nothing,
-    test_an_appender_that_sleeps_before_its_link_loses,
-    test_small_files_become_one_and_nothing_else_changes,
-)
-from tests.headrace.test_retain import (  # noqa: F401
-    test_a_sleeping_writer_cannot_write_into_what_is_gone,
-    test_an_old_day_becomes_empty,
-    test_the_longest_old_beginning_goes,
-)
-from tests.headrace.views import config, view
+from tests.headrace.views import EPOCH_US, config, view
 from tests.servers import Fault, FaultyNetwork, ObjectStore
 
 CHAIN = "stream-events-0-0"
@@ -222,6 +212,88 @@ def test_files_of_others_are_history_too(contract: ViewContract) -> None:
     assert ids(contract) == [1, 2, 2]
 
 
+def commit(contract: ViewContract, until: int) -> StreamLedger:
+    """Segments of five records, the last of which is rejected."""
+    ledger = StreamLedger(contract, "events", 0)
+    for first in range(ledger.end().end, until, 5):
+        accepted = np.arange(first, first + 4, dtype=np.int64)
+        table = some(contract, *accepted.tolist())
+        ledger.append(0, first, first + 5, table, accepted=accepted, rejected=1, topic_id="t")
+    return ledger
+
+
+def accepted_below(end: int) -> list[int]:
+    return [number for number in range(end) if number % 5 != 4]
+
+
+def test_small_files_become_one_and_full_ones_go_up(contract: ViewContract) -> None:
+    ledger = commit(contract, 60)
+    done = compact(contract, grace_s=0).chains[CHAIN]
+    assert (done.files_before, done.files_after, done.files_merged, done.files_deleted) == (12, 2, 11, 11)
+    assert (ids(contract), ledger.end().end) == (accepted_below(60), 60)
+    merged = Folder.of(contract).path_of(SegmentName(CHAIN, 1, 0))
+    footer = read_footer(merged)
+    assert (footer.next, footer.rejected, footer.topic_id) == (55, 11, "t")
+    assert accepted_offsets(merged).tolist() == accepted_below(55)
+    assert pq.read_table(readable(merged)).schema.equals(contract.schema)
+    commit(contract, 120)
+    done = compact(contract, grace_s=0, level_cap_bytes=10).chains[CHAIN]
+    assert (done.files_linked, done.files_merged) == (24, 0)
+    assert (ids(contract), ledger.end().end) == (accepted_below(120), 120)
+    assert compact(contract, grace_s=0).chains[CHAIN].files_deleted == 0
+
+
+def test_covered_files_stay_for_the_grace(contract: ViewContract) -> None:
+    commit(contract, 60)
+    assert compact(contract, grace_s=3600).chains[CHAIN].files_deleted == 0
+    assert ids(contract) == accepted_below(60)
+
+
+def test_what_is_old_goes(contract: ViewContract) -> None:
+    ledger = commit(contract, 30)
+    replace_day(contract, DAY, some(contract, 1, 2))
+    horizon = datetime.fromtimestamp(EPOCH_US // 10**6, UTC) + timedelta(microseconds=15)
+    done = retain(contract, horizon)
+    assert (done.chains, done.days, done.rows) == ({CHAIN: (0, 15)}, [DAY], 14)
+    compact(contract, grace_s=0)
+    assert ids(contract) == [number for number in accepted_below(30) if number >= 15]
+    assert (ledger.end().end, retain(contract, horizon).rows) == (30, 0)
+    late = StreamLedger(contract, "events", 0)
+    with pytest.raises(LostRaceError) as lost:
+        late.append(0, 5, 6, some(contract, 77), accepted=offsets(5))
+    assert lost.value.end == 30
+
+
+@pytest.mark.parametrize("grace_s", [0.0, 3600.0])
+def test_an_appender_that_sleeps_before_its_request_loses(
+    contract: ViewContract, monkeypatch: pytest.MonkeyPatch, grace_s: float
+) -> None:
+    """It saw its last segment as the newest; when it wakes, what others appended behind it may be merged and gone."""
+    sleeper = commit(contract, 15)
+
+    def sleep(step: str) -> None:
+        if step == "append.1.written":
+            monkeypatch.setattr(faults, "hook", None)
+            commit(contract, 75)
+            compact(contract, grace_s=grace_s)
+            commit(contract, 135)
+            compact(contract, grace_s=grace_s)
+
+    monkeypatch.setattr(faults, "hook", sleep)
+    with pytest.raises(LostRaceError) as lost:
+        sleeper.append(0, 15, 20, some(contract, 99), accepted=offsets(15), rejected=4, topic_id="t")
+    assert (lost.value.end, ids(contract)) == (135, accepted_below(135))
+    sleeper.append(0, 135, 136, some(contract, 135), accepted=offsets(135), topic_id="t")
+
+
+def test_of_many_who_publish_a_day_at_once_the_last_read_counts(contract: ViewContract) -> None:
+    reads = list(range(8))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda us: replace_day(contract, DAY, some(contract, us), read_us=us), reads))
+    assert ids(contract) == [7]
+    assert len(Folder.of(contract).names()) == 1
+
+
 def test_days_are_replaced_and_read(contract: ViewContract) -> None:
     first = replace_day(contract, DAY, some(contract, 1, 2))
     assert replace_day(contract, DAY, some(contract, 1, 2)) == first
@@ -286,7 +358,7 @@ def test_what_is_wrong_is_said_in_one_line(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-but-not-shown")
     objects._client.cache_clear()
     with pytest.raises(ConfigError, match="refuses these credentials: SignatureDoesNotMatch") as found:
-        objects.check(contract.directory)  # type: ignore[arg-type]
+        objects.check(contract.directory)
     assert "wrong-but-not-shown" not in str(found.value)
     assert "\n" not in str(found.value)
     objects._client.cache_clear()

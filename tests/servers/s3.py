@@ -54,7 +54,7 @@ class ObjectStore(Server):
         program = shutil.which("versitygw")
         if program is None:
             raise UnavailableError(f"no `versitygw`; {INSTALL}")
-        return [program, "--port", f"127.0.0.1:{self.port}", "--quiet", "posix", str(self.data)]
+        return [program, "--port", f"127.0.0.1:{self.port}", "--quiet", "--keep-alive", "posix", str(self.data)]
 
     def environment(self) -> dict[str, str]:
         return {"ROOT_ACCESS_KEY": KEY, "ROOT_SECRET_KEY": SECRET}
