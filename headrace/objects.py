@@ -43,9 +43,9 @@ _AHEAD_BYTES = 1 << 16
 
 _CODE = re.compile(r"<Code>([^<]{1,100})</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]{1,300})</Message>")
-_DENIED = re.compile(r"status (?:code )?40[13]\b")
+_DENIED = re.compile(r"status code:? 40[13]\b")
 _REFUSALS = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
-_STATUS = re.compile(r"status (?:code )?(\d{3}[^:\n,\"]{0,40})")
+_STATUS = re.compile(r"status code:? (\d{3}[A-Za-z ]{0,40})")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -253,15 +253,17 @@ def check(folder: ObjectPath) -> None:
 
 
 class ObjectReader(io.RawIOBase):
-    """The bytes of one object, for readers that seek. Reads ahead a little; thread-safe in each read alone."""
+    """The bytes of one object, for readers that seek. Reads ahead a little.
+
+    Thread-safe: each thread has a place of its own, as DuckDB lets its threads seek and read in one open file.
+    """
 
     def __init__(self, path: ObjectPath) -> None:
         super().__init__()
         stat = path.told or head(path)
         self._path = replace(path, told=stat)
-        self._place = 0
+        self._places: dict[int, int] = {}
         self._held = (0, memoryview(b""))
-        self._lock = threading.Lock()
         self.size = stat.size
 
     def readable(self) -> bool:
@@ -273,30 +275,32 @@ class ObjectReader(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Where the next read begins."""
-        return self._place
+        """Where this thread's next read begins."""
+        return self._places.get(threading.get_ident(), 0)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """See `io.IOBase`."""
-        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self.size}[whence]
-        return self._place
+        place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.size}[whence]
+        self._places[threading.get_ident()] = place
+        return place
 
     def readinto(self, buffer: Any) -> int:
         """See `io.RawIOBase`; fills the buffer unless the object ends."""
         view = memoryview(buffer).cast("B")
-        with self._lock:
-            start, stop = self._place, min(self._place + len(view), self.size)
-            if start >= stop:
-                return 0
-            first, held = self._held
-            if start < first or stop > first + len(held):
-                # The end is read first and backwards: what lies before it is asked for next.
-                ahead = max(stop, min(start + _AHEAD_BYTES, self.size))
-                behind = max(0, min(start, ahead - _AHEAD_BYTES))
-                first, held = self._held = behind, read(self._path, behind, ahead)
-            view[: stop - start] = held[start - first : stop - first]
-            self._place = stop
-            return stop - start
+        start = self.tell()
+        stop = min(start + len(view), self.size)
+        if start >= stop:
+            return 0
+        first, held = self._held
+        if start < first or stop > first + len(held):
+            # The end is read first and backwards: what lies before it is asked for next.
+            ahead = max(stop, min(start + _AHEAD_BYTES, self.size))
+            first = max(0, min(start, ahead - _AHEAD_BYTES))
+            held = read(self._path, first, ahead)
+            self._held = first, held
+        view[: stop - start] = held[start - first : stop - first]
+        self.seek(stop)
+        return stop - start
 
 
 def _stat(meta: Mapping[str, Any]) -> Stat:
@@ -459,4 +463,8 @@ def _said(error: BaseException) -> str:
     causes = re.findall(r"(?:Connection refused|timed out|TimedOut|dns error|connection reset|Connection reset)", text)
     if causes:
         return str(causes[-1]).lower()
-    return f"status {status[1].strip()}" if status is not None else " ".join(text.split())[:200]
+    return (
+        f"status {status[1].strip()}"
+        if status is not None
+        else " ".join(text.partition("Debug source")[0].split())[:200]
+    )

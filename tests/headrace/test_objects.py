@@ -6,6 +6,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,13 +19,13 @@ import headrace
 from headrace import faults, objects
 from headrace.chains import Folder, StreamLedger, accepted_offsets, push, replace_day
 from headrace.compact import compact
-from headrace.contract import ViewContract
+from headrace.contract import TIMESTAMP, ViewContract
 from headrace.errors import ConfigError, LostRaceError, TransientError
 from headrace.objects import Bucket, ObjectPath
 from headrace.place import readable
 from headrace.retain import retain
 from headrace.scan import Window, rows_within
-from headrace.segments import Footer, SegmentName, create, new_append_id, read_footer
+from headrace.segments import ROWS_A_GROUP, Footer, SegmentName, create, new_append_id, read_footer
 from tests.headrace.test_chains import (  # noqa: F401 - collected here too, on the contract below
     DAY,
     offsets,
@@ -302,6 +303,21 @@ def test_days_are_replaced_and_read(contract: ViewContract) -> None:
     assert ids(contract) == [1, 3]
     assert str(second.path).startswith("s3://views/")
     assert pq.read_table(readable(second.path)).schema.equals(contract.schema)
+
+
+def test_the_threads_of_a_query_read_one_file(contract: ViewContract, object_store: ObjectStore) -> None:
+    """Each seeks and then reads, and the other does so in between."""
+    count = 8 * ROWS_A_GROUP
+    numbers = pa.array(np.random.default_rng(1).permutation(count))
+    times = pa.array(EPOCH_US + np.arange(count)).cast(TIMESTAMP)
+    values = pa.array(np.random.default_rng(2).random(count))
+    table = pa.Table.from_arrays([numbers, values, numbers, times, times], schema=contract.schema)
+    directory = replace(contract.directory, bucket=replace(contract.directory.bucket, endpoint=object_store.url))
+    contract = replace(contract, directory=directory)
+    push(contract, table)
+    for _ in range(3):
+        found = rows_within(contract, headrace.files(contract), Window())
+        assert found.sort_by("at").equals(table)
 
 
 def test_paths_are_urls() -> None:
