@@ -193,7 +193,7 @@ def read(path: ObjectPath, start: int, stop: int) -> memoryview:
 
     if start >= stop:
         return memoryview(b"")
-    options: dict[str, Any] = {"range": (start, stop)}
+    options: Any = {"range": (start, stop)}
     if path.told is not None and path.told.identity:
         options["if_match"] = str(path.told.identity)
     with _naming(path):
