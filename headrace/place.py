@@ -95,6 +95,13 @@ class Place(Protocol):
     def remove(self, names: Iterable[str], step: str) -> None:
         """Remove files, in the order given, durably; those that are gone already are fine."""
 
+    def set_aside(self, name: str, below: str) -> File | None:
+        """Move a file to a folder below, durably, where no reader looks; under another name where its own is taken.
+
+        Returns:
+            Where it is now; None where it was gone.
+        """
+
     def read_ahead(self, work: Callable[[File], object], files: Iterable[File]) -> None:
         """Do for each file what will be done for it anyway, many at a time where each one mostly waits."""
 
@@ -244,6 +251,23 @@ class LocalPlace:
         if is_changed:
             sync_folder(self._folder)
 
+    def set_aside(self, name: str, below: str) -> Path | None:
+        """See `Place`."""
+        target = self._folder / below / name
+        target.parent.mkdir(exist_ok=True)
+        number = 0
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{name}.{number}")
+        try:
+            os.rename(self._folder / name, target)
+        except FileNotFoundError:
+            return None
+        reached("set-aside.1.renamed")
+        sync_folder(target.parent)
+        sync_folder(self._folder)
+        return target
+
     def read_ahead(self, work: Callable[[File], object], files: Iterable[File]) -> None:
         """See `Place`. Nothing: a disk answers at once."""
 
@@ -354,6 +378,22 @@ class ObjectPlace:
         for name in names:
             objects.remove(self._prefix / name)
             reached(step)
+
+    def set_aside(self, name: str, below: str) -> ObjectPath | None:
+        """See `Place`. Put there, then removed here: a crash in between leaves it in both, a repeat a second copy."""
+        path = self._prefix / name
+        try:
+            data = objects.read(path, 0, objects.head(path).size)
+        except FileNotFoundError:
+            return None
+        number = 0
+        target = self._prefix / below / name
+        while not objects.create(target, data):
+            number += 1
+            target = self._prefix / below / f"{name}.{number}"
+        reached("set-aside.1.copied")
+        objects.remove(path)
+        return target
 
     def read_ahead(self, work: Callable[[File], object], files: Iterable[File]) -> None:
         """See `Place`."""

@@ -424,7 +424,12 @@ def _write(rows: pa.Table | Rows, footer: Footer, accepted: Offsets | Ranges | N
     chunks = rows.chunks() if isinstance(rows, Rows) else (rows,)
     # Without Arrow's own schema entry the footer has ours alone; the types survive, being Parquet's.
     with pq.ParquetWriter(
-        sink, rows.schema, compression="zstd", dictionary_pagesize_limit=DICTIONARY_BYTES, store_schema=False
+        sink,
+        rows.schema,
+        compression="zstd",
+        dictionary_pagesize_limit=DICTIONARY_BYTES,
+        store_schema=False,
+        write_page_checksum=True,  # so that `headrace.damage` finds a flipped bit
     ) as writer:
         for chunk in chunks:
             writer.write_table(chunk, row_group_size=ROWS_A_GROUP)

@@ -20,7 +20,8 @@ from headrace import faults, objects
 from headrace.chains import Folder, StreamLedger, accepted_offsets, push, replace_day
 from headrace.compact import compact
 from headrace.contract import TIMESTAMP, ViewContract
-from headrace.errors import ConfigError, LostRaceError, TransientError
+from headrace.damage import examine, set_aside
+from headrace.errors import ConfigError, LedgerError, LostRaceError, TransientError
 from headrace.objects import Bucket, ObjectPath
 from headrace.place import readable
 from headrace.retain import retain
@@ -159,21 +160,25 @@ def test_an_append_costs_the_same_whatever_the_history(contract: ViewContract, n
     requests = network.requests
     assert [method for method, _ in requests] == ["PUT", "HEAD", "HEAD"]  # create; the witness; what was created
     network.count()
-    fill(contract, 3, 1500)
-    extended(StreamLedger(contract, "events", 0), contract, 1500)
+    fill(contract, 3, 1100)
+    extended(StreamLedger(contract, "events", 0), contract, 1100)
     fresh = StreamLedger(contract, "events", 0)
-    extended(fresh, contract, 1501)
+    extended(fresh, contract, 1101)
     network.count()
-    extended(fresh, contract, 1502)
+    extended(fresh, contract, 1102)
     assert network.count() == 3
 
 
 def fill(contract: ViewContract, start: int, end: int) -> None:
-    """As many appends, without their costs: the objects of one, by other names, which nobody reads but for the last."""
-    folder = Folder.of(contract)
-    for number in range(start, end):
+    """As many appends without rows, many at a time."""
+    folder, nothing = Folder.of(contract), contract.schema.empty_table()
+
+    def make(number: int) -> None:
         note = Footer(next=number + 1, append=new_append_id())
-        assert create(folder.path_of(SegmentName(CHAIN, 0, number)), contract.schema.empty_table(), note)
+        assert create(folder.path_of(SegmentName(CHAIN, 0, number)), nothing, note)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(make, range(start, end)))
 
 
 def test_what_was_merged_is_not_listed_again(contract: ViewContract, network: FaultyNetwork) -> None:
@@ -303,6 +308,23 @@ def test_days_are_replaced_and_read(contract: ViewContract) -> None:
     assert ids(contract) == [1, 3]
     assert str(second.path).startswith("s3://views/")
     assert pq.read_table(readable(second.path)).schema.equals(contract.schema)
+
+
+def test_a_damaged_object_is_found_and_set_aside(contract: ViewContract) -> None:
+    commit(contract, 15)
+    path = Folder.of(contract).path_of(SegmentName(CHAIN, 0, 5))
+    assert isinstance(path, ObjectPath)
+    whole = bytes(objects.read(path, 0, objects.head(path).size))
+    objects.write(path, whole[:-40] + b"x" * 40)
+    with pytest.raises(LedgerError, match=f"{path}: expected a segment"):
+        headrace.files(contract)
+    found = examine(contract, CHAIN)
+    assert ([str(name) for name in found.damaged], found.end) == ([path.name], 15)
+    assert [str(moved) for moved in set_aside(contract, found.damaged)] == [f"{path.parent}/_damaged/{path.name}"]
+    assert [(hole.first, hole.next) for hole in examine(contract, CHAIN).holes] == [(5, 10)]
+    note = Footer(next=10, min_us=EPOCH_US + 5, max_us=EPOCH_US + 5, append=new_append_id())
+    assert create(path, some(contract, 5), note, offsets(5))
+    assert ids(contract) == [0, 1, 2, 3, 5, 10, 11, 12, 13]
 
 
 def test_the_threads_of_a_query_read_one_file(contract: ViewContract, object_store: ObjectStore) -> None:
