@@ -21,6 +21,7 @@ from batch.folder import ViewFolder, read_json, write_text
 from batch.profile import Profile, profile
 from headrace.contract import ViewContract
 from headrace.folder import DayFile, Folder
+from headrace.place import File, readable
 
 DAYS = 7
 _FORMAT = 1
@@ -79,10 +80,10 @@ def _kept(contract: ViewContract, path: Path, content_hash: str) -> dict[str, Pr
         return None
 
 
-def _measured(contract: ViewContract, path: Path) -> dict[str, Profile]:
+def _measured(contract: ViewContract, path: File) -> dict[str, Profile]:
     """The profiles of the features that a day's file has in a type that can be had from it, column by column."""
     found = {}
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(readable(path)) as file:
         times = file.read([contract.timestamp_field]).column(0)
         for name in contract.features:
             if name in file.schema_arrow.names:

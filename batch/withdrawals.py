@@ -16,7 +16,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 from feast import FeatureStore
@@ -25,8 +24,9 @@ from batch.folder import DayFolder, ViewFolder, staged
 from headrace.chains import day_files
 from headrace.contract import ViewContract
 from headrace.online import NewestWinsStore, online_store
+from headrace.place import File, readable
 from headrace.repair import withdraw
-from headrace.scan import quoted
+from headrace.scan import connection, quoted
 from headrace.segments import DayName, parse_name
 
 logger = logging.getLogger("luigi-interface")
@@ -34,24 +34,21 @@ logger = logging.getLogger("luigi-interface")
 _ROWS_AT_ONCE = 100_000
 
 
-def note_withdrawn(contract: ViewContract, former: Path, day: DayFolder, view: ViewFolder) -> None:
+def note_withdrawn(contract: ViewContract, former: File, day: DayFolder, view: ViewFolder) -> None:
     """Write the rows of a snapshot that `kept.parquet` lacks, if any, and the note. Equal rows count one by one.
 
     They are in the order of event time and key, as in the snapshot, and have the columns that both files have. Call it
     before the snapshot is replaced, under the day's lock. Atomic, idempotent.
     """
-    there = set(pq.read_schema(former).names)
+    there = set(pq.read_schema(readable(former)).names)
     names = [name for name in contract.schema.names if name in there]  # fewer if the view was given a feature since
     columns = ", ".join(map(quoted, names))
-    connection = duckdb.connect()
-    try:
-        gone: pa.Table = connection.sql(
+    with connection(None, [former]) as con:
+        gone: pa.Table = con.sql(
             f"SELECT {columns} FROM read_parquet(?, hive_partitioning = false) "  # noqa: S608 - names are quoted
             f"EXCEPT ALL SELECT {columns} FROM read_parquet(?, hive_partitioning = false)",
             params=[str(former), str(day.kept)],
         ).to_arrow_table()
-    finally:
-        connection.close()
     note = view.withdrawals / former.name
     if not gone.num_rows:
         note.unlink(missing_ok=True)  # of a try that was going to replace the snapshot by other rows

@@ -28,6 +28,7 @@ from feast.types import Int64
 from benchmarks.events import CREATED, KEY, TIME, Load, Shape, Truth
 from benchmarks.measure import ROOT, MeasureError
 from headrace.chains import StreamLedger, files
+from headrace.place import readable
 from headrace.repository import contracts, open_store
 from tests.servers import environment, free_port
 
@@ -57,9 +58,12 @@ class Repository:
     Args:
         folder: made here; everything but what is in Redis is in it.
         redis: `host:port`; None is SQLite.
+        history: the URL of the view's folder in an object store, and its endpoint; None is a folder here.
     """
 
-    def __init__(self, folder: Path, topic: str, shape: Shape, redis: str | None) -> None:
+    def __init__(
+        self, folder: Path, topic: str, shape: Shape, redis: str | None, history: tuple[str, str] | None = None
+    ) -> None:
         folder.mkdir(parents=True)
         online = (
             f"headrace.sqlite.HeadraceSqliteOnlineStore\n  path: {folder}/online.db"
@@ -70,7 +74,7 @@ class Repository:
         self.folder = folder
         self.shape = shape
         self._topic = topic
-        FeatureStore(repo_path=str(folder)).apply(declarations(folder, topic, shape))
+        FeatureStore(repo_path=str(folder)).apply(declarations(folder, topic, shape, history))
         self.store = open_store(folder)
         (self.contract,) = contracts(self.store, [shape.name])
 
@@ -79,10 +83,11 @@ class Repository:
         return sum(StreamLedger(self.contract, self._topic, number).end().end for number in range(partitions))
 
 
-def declarations(folder: Path, topic: str, shape: Shape) -> list[Any]:
+def declarations(folder: Path, topic: str, shape: Shape, history: tuple[str, str] | None = None) -> list[Any]:
     """The entity and the view, as a `definitions.py` has them."""
     entity = Entity(name="driver", join_keys=[KEY], value_type=ValueType.INT64)
     features = zip(shape.features, shape.tags, strict=True)
+    path, endpoint = history or (str(folder / "offline"), None)
     view = FeatureView(
         name=shape.name,
         entities=[entity],
@@ -100,7 +105,8 @@ def declarations(folder: Path, topic: str, shape: Shape) -> list[Any]:
             message_format=JsonFormat(schema_json=""),
             batch_source=FileSource(
                 name=f"{shape.name}_history",
-                path=str(folder / "offline"),
+                path=path,
+                s3_endpoint_override=endpoint,
                 file_format=ParquetFormat(),
                 timestamp_field=TIME,
                 created_timestamp_column=CREATED,
@@ -181,7 +187,7 @@ def compare(repo: Repository, load: Load, truth: Truth) -> None:
     """
     key_sum = time_sum = rows = 0
     for path in files(repo.contract):
-        stored = pq.read_table(path, columns=[KEY, TIME])
+        stored = pq.read_table(readable(path), columns=[KEY, TIME])
         rows += stored.num_rows
         key_sum += pc.sum(stored[KEY]).as_py() or 0
         time_sum += pc.sum(stored[TIME].cast(pa.int64())).as_py() or 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from headrace.contract import ViewContract
 from headrace.folder import Folder
+from headrace.place import stat_of
 from headrace.segments import DayName, SegmentName, parse_stream_chain
 
 _MERGED = (1, 2)
@@ -40,7 +41,7 @@ def census(contract: ViewContract) -> Census:
 
     Raises:
         LedgerError: a file that decides where a chain ends cannot be read.
-        OSError: the folder cannot be listed.
+        OSError, TransientError: the folder, or the object store, cannot be listed.
     """
     folder = Folder.of(contract)
     return folder.settled(lambda: _census(folder))
@@ -59,7 +60,7 @@ def _census(folder: Folder) -> Census:
     made_s = []
     for segment in merged:
         with suppress(FileNotFoundError):  # merged on meanwhile
-            made_s.append(folder.path_of(segment).stat().st_mtime)
+            made_s.append(stat_of(folder.path_of(segment)).mtime_ns / 1e9)
     return Census(
         ends=_ends(folder, newest),
         appended=levels.get(0, 0),

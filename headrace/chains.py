@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +20,7 @@ from headrace.days import content_hash, day_files, replace_day
 from headrace.errors import ChainClosedError, LedgerError, LostRaceError
 from headrace.faults import reached
 from headrace.folder import Chain, DayFile, Folder, Tip, derive
+from headrace.place import File, stat_now, stat_of, told
 from headrace.segments import (
     Footer,
     Offsets,
@@ -100,21 +100,26 @@ class StreamEnd:
 
 @dataclass(frozen=True)
 class Witness:
-    """A file of level 0 as this process saw it, to tell later whether that very file was there all the time."""
+    """A file of level 0 as this process saw it, to tell later whether that very file was there all the time.
 
-    path: Path
+    By inode and time; of an object by ETag and time. A segment's content has the id of its append in it, so another
+    append's object has another ETag. The same append's could come to its name a second time only by a request that the
+    network held back for longer than the grace of compaction, and has a later time then.
+
+    Attributes:
+        path: the file, with what was seen of it.
+    """
+
+    path: File
     first: int
-    inode: int
+    identity: int | str
     mtime_ns: int
 
     @classmethod
-    def of(cls, path: Path, first: int) -> Witness | None:
+    def of(cls, path: File, first: int) -> Witness | None:
         """The file as it is now; None where it is gone."""
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            return None
-        return cls(path, first, stat.st_ino, stat.st_mtime_ns)
+        stat = stat_now(path)
+        return None if stat is None else cls(told(path, stat), first, stat.identity, stat.mtime_ns)
 
     def stands(self) -> bool:
         """Whether the file was never removed since."""
@@ -130,7 +135,7 @@ def append(
     accepted: Offsets | None = None,
     *,
     witness: Witness | None = None,
-) -> Path:
+) -> File:
     """Extend a chain by `[first, mark.next)` at level 0: the compare-and-swap.
 
     Atomic and durable. Safe to repeat with the same `mark.append`.
@@ -146,6 +151,8 @@ def append(
         ChainClosedError: the chain was closed at `first`.
         LedgerError: the files that decide it contradict each other or cannot be read.
         ConfigError: the view's folder is a file.
+        TransientError: the object store does not answer, or refuses. The append may have been made: read the end again,
+            or repeat it with the same `mark.append`.
     """
     path = folder.path_of(SegmentName(chain, 0, first))
     if create(path, table, mark, accepted):
@@ -171,7 +178,7 @@ def covered_end(folder: Folder, chain: str, level: int) -> int:
     """
 
     def read() -> int:
-        return folder.derive(chain, [s for s in folder.segments(chain) if s.level > level]).end
+        return folder.derive(chain, folder.above(chain, level)).end
 
     return folder.settled(read)
 
@@ -192,7 +199,7 @@ class StreamLedger:
 
     def end(self) -> StreamEnd:
         """The end of the newest epoch. A closed epoch without a successor is followed by the one it names."""
-        found = self._folder.newest_tip(f"stream-{self._topic}-{self._partition}-", self._epoch_of)
+        found = self._folder.newest_tip(self._prefix, self._epoch_of)
         if found is None:
             return StreamEnd(0, 0, exists=False, closed=False, topic_id=None, servers=())
         chain, tip = found
@@ -208,11 +215,10 @@ class StreamLedger:
         """The epoch of each topic id that the partition's chains name; a broker without ids is None."""
 
         def read() -> dict[str | None, int]:
-            segments = [name for name in self._folder.names() if isinstance(name, SegmentName)]
             found: dict[str | None, int] = {}
-            for chain in {segment.chain for segment in segments}:
-                epoch, newest = self._epoch_of(chain), self._folder.tip(chain).footer
-                if epoch is not None and newest is not None:
+            for epoch, chain in self._folder.numbered(self._prefix, self._epoch_of).items():
+                newest = self._folder.tip(chain).footer
+                if newest is not None:
                     found[newest.topic_id] = epoch
                     if newest.successor is not None:
                         found[newest.successor[0]] = epoch + 1
@@ -240,14 +246,14 @@ class StreamLedger:
 
         return self._folder.settled(read)
 
-    def recent(self, epoch: int, servers: Sequence[str], within_s: float) -> list[Path]:
+    def recent(self, epoch: int, servers: Sequence[str], within_s: float) -> list[File]:
         """The segments with rows that came within the last seconds and name other online servers than these."""
 
-        def read() -> list[Path]:
-            found: list[Path] = []
+        def read() -> list[File]:
+            found: list[File] = []
             for segment in reversed(self._folder.chain(self._name(epoch)).valid):
                 path = self._folder.path_of(segment)
-                if path.stat().st_mtime < time.time() - within_s:
+                if stat_of(path).mtime_ns / 1e9 < time.time() - within_s:
                     break
                 newest = read_footer(path)
                 if newest.min_us is not None and newest.servers != tuple(servers):
@@ -292,7 +298,7 @@ class StreamLedger:
         servers: Sequence[str] = (),
         transform_hash: str | None = None,
         mark: str | None = None,
-    ) -> Path:
+    ) -> File:
         """Commit the offsets `[first, next)`: the append is the commit.
 
         Args:
@@ -332,8 +338,8 @@ class StreamLedger:
         )
         path = append(self._folder, self._name(epoch), first, rows, note, accepted, witness=self._witnesses.get(epoch))
         self._known_ends[epoch] = next
-        self._witnesses[epoch] = Witness.of(path, first)
-        return path
+        witness = self._witnesses[epoch] = Witness.of(path, first)
+        return path if witness is None else witness.path
 
     def close(self, topic_id: str, start: int) -> StreamEnd:
         """Close the present epoch and open the next, for the topic of another id that begins at `start`.
@@ -385,11 +391,16 @@ class StreamLedger:
         parsed = parse_stream_chain(chain)
         return parsed[2] if parsed is not None and parsed[:2] == (self._topic, self._partition) else None
 
+    @property
+    def _prefix(self) -> str:
+        """What the names of all epochs' chains begin with."""
+        return f"stream-{self._topic}-{self._partition}-"
+
     def _name(self, epoch: int) -> str:
         return stream_chain(self._topic, self._partition, epoch)
 
 
-def push(contract: ViewContract, table: pa.Table) -> Path | None:
+def push(contract: ViewContract, table: pa.Table) -> File | None:
     """Append rows to the view's `push` chain, whose positions count rows. At least once: a repeat doubles them."""
     if table.num_rows == 0:
         return None
@@ -404,6 +415,9 @@ def push(contract: ViewContract, table: pa.Table) -> Path | None:
             end = lost.end
 
 
-def files(contract: ViewContract) -> list[Path]:
-    """Every valid file of a view: hand the list to Spark, pandas or DuckDB, and no row is read twice."""
+def files(contract: ViewContract) -> list[File]:
+    """Every valid file of a view: hand the list to Spark, pandas or DuckDB, and no row is read twice.
+
+    As text each is a path, or the URL of an object.
+    """
     return Folder.of(contract).files()

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +21,7 @@ from headrace.contract import ViewContract
 from headrace.errors import LedgerError
 from headrace.faults import reached
 from headrace.folder import Chain, Folder
+from headrace.place import File, readable, stat_of, whole
 from headrace.segments import (
     ACCEPTED,
     ROWS_A_GROUP,
@@ -112,7 +112,7 @@ def compact(
     """Merge what may be merged in every chain of a view, then remove what is covered for longer than the grace.
 
     Safe beside appends, readers, retention and other compactions; after a crash the next run goes on. Memory is bounded
-    by a row group.
+    by a row group; in an object store by a merged file, which is sent as a whole, and a file that it is merged of.
 
     Args:
         grace_s: seconds that a covered file, a replaced snapshot or a dead append's file stays; longer than a read.
@@ -148,7 +148,8 @@ def compact(
 def clean(folder: Folder, grace_s: float = GRACE_S) -> Cleaning:
     """Remove covered segments, replaced snapshots of days and the files of dead appends, once older than the grace.
 
-    A file's grace begins when what covers it came, by the file system's clock; a clock that steps back prolongs it.
+    A file's grace begins when what covers it came, by the clock of the file system or the object store; a clock that
+    steps back prolongs it.
     """
     now_s = time.time()
     segments = {}
@@ -198,7 +199,7 @@ class _Source:
     """A file to go up. `limits` are the things that files must share to be merged."""
 
     name: SegmentName
-    path: Path
+    path: File
     footer: Footer
     schema: pa.Schema
     limits: tuple[Any, ...]
@@ -215,14 +216,14 @@ class _Source:
     def read(cls, folder: Folder, name: SegmentName) -> _Source:
         path = folder.path_of(name)
         footer = read_footer(path)
-        metadata = pq.read_metadata(path)
+        metadata = pq.read_metadata(readable(path))
         accepted = (metadata.metadata or {}).get(ACCEPTED, b"")
         schema = metadata.schema.to_arrow_schema().remove_metadata()
         # What cannot be joined without a loss keeps a file alone: a mark, or a note that is no list.
         notes = {key: type(value) for key, value in sorted(footer.extra.items())}
         is_alone = footer.mark is not None or any(kind is not list for kind in notes.values())
         limits = (name if is_alone else None, schema, footer.topic_id, tuple(notes))
-        return cls(name, path, footer, schema, limits, accepted, metadata.num_rows, path.stat().st_size)
+        return cls(name, path, footer, schema, limits, accepted, metadata.num_rows, stat_of(path).size)
 
 
 def _extend(folder: Folder, chain: str, level: int, cap_bytes: int, work: _Work, progress: Progress | None) -> None:
@@ -330,9 +331,9 @@ def _row_groups(run: Sequence[_Source]) -> Iterator[pa.Table]:
         yield pa.Table.from_batches(held, run[0].schema)
 
 
-def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+def _batches(path: File) -> Iterator[pa.RecordBatch]:
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(whole(path)) as file:
             yield from file.iter_batches(batch_size=ROWS_A_GROUP // 8)
     except FileNotFoundError:
         raise
@@ -343,25 +344,26 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 def _sizes(folder: Folder) -> dict[str, tuple[int, int]]:
     """By chain: how many files there are, and how many bytes; a file under two names is counted once."""
-    inodes: dict[str, dict[int, int]] = {}
+    files: dict[str, dict[int | str, int]] = {}
     for name in folder.names():
         if isinstance(name, SegmentName):
             try:
-                stat = folder.path_of(name).stat()
+                stat = stat_of(folder.path_of(name))
             except FileNotFoundError:
                 continue
-            inodes.setdefault(name.chain, {})[stat.st_ino] = stat.st_size
-    return {chain: (len(sizes), sum(sizes.values())) for chain, sizes in sorted(inodes.items())}
+            is_object = folder.place.begins_anywhere  # there a file lifted is a copy
+            files.setdefault(name.chain, {})[str(name) if is_object else stat.identity] = stat.size
+    return {chain: (len(sizes), sum(sizes.values())) for chain, sizes in sorted(files.items())}
 
 
-def _due(folder: Folder, chain: Chain, before_s: float) -> list[Path]:
+def _due(folder: Folder, chain: Chain, before_s: float) -> list[File]:
     """The files of a chain that no reader can need, in the order in which they must go.
 
     On each level ascending without a gap: who finds an earlier file in place knows that no later name was freed.
     """
     firsts = [segment.first for segment in chain.valid]
     valid = set(chain.valid)
-    due: list[Path] = []
+    due: list[File] = []
     waiting: set[int] = set()
     for segment in sorted(folder.segments(chain.name)):
         place = bisect.bisect_right(firsts, segment.first) - 1
@@ -375,7 +377,7 @@ def _due(folder: Folder, chain: Chain, before_s: float) -> list[Path]:
     return due
 
 
-def _superseded(folder: Folder, before_s: float) -> list[Path]:
+def _superseded(folder: Folder, before_s: float) -> list[File]:
     own: dict[Any, list[DayName]] = {}
     for name in sorted(n for n in folder.names() if isinstance(n, DayName)):
         own.setdefault(name.day, []).append(name)
@@ -387,20 +389,17 @@ def _superseded(folder: Folder, before_s: float) -> list[Path]:
     ]
 
 
-def _dead(folder: Folder, before_s: float) -> list[Path]:
-    if not folder.path.is_dir():
-        return []
-    found = (path for path in folder.path.iterdir() if is_temporary(path.name))
-    return [path for path in found if _is_older(before_s, path)]
+def _dead(folder: Folder, before_s: float) -> list[File]:
+    return [path for path in folder.place.temporary(is_temporary) if _is_older(before_s, path)]
 
 
-def _is_older(before_s: float, *paths: Path) -> bool:
+def _is_older(before_s: float, *paths: File) -> bool:
     """Whether all files came before a time; one that is gone did not, and who removed it goes on.
 
     The time of the last change of the inode: no tool sets it back, and a link counts as a change. A covered file's own
     is asked too: where the clock stepped back in between, what covers it seems older than it is.
     """
     try:
-        return max(path.stat().st_ctime for path in paths) <= before_s
+        return max(stat_of(path).changed_s for path in paths) <= before_s
     except FileNotFoundError:
         return False

@@ -43,6 +43,8 @@ from feast.types import (
 )
 
 from headrace.errors import ConfigError
+from headrace.objects import ObjectPath
+from headrace.place import File
 from headrace.rules import DayRules, Objectives, Rule, day_rules, field_rule, objectives
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
@@ -81,7 +83,7 @@ class ViewContract:
         rules: of the join keys and features, those without a tag included.
         day_rules: what a day of the batch chain must be like.
         objectives: how fresh the stream shall keep it.
-        directory: the view's folder of segments, absolute.
+        directory: the view's folder of segments, absolute, or the prefix of an object store.
         topic, bootstrap_servers, message_format, message_schema: of the view's `KafkaSource`; None without one.
             The format is lower-case: `json`, `avro`, `proto`.
         source_table: the view's tag of that name, the table that the batch chain reads; None without one.
@@ -102,7 +104,7 @@ class ViewContract:
     rules: tuple[Rule, ...]
     day_rules: DayRules
     objectives: Objectives
-    directory: Path
+    directory: File
     topic: str | None
     bootstrap_servers: str | None
     message_format: str | None
@@ -196,8 +198,14 @@ class ViewContract:
         return next((rule for rule in self.rules if rule.column == column), Rule(column))
 
 
-def directory_of(source: FileSource, config: RepoConfig) -> Path:
-    """The absolute path of a file source, relative ones taken from the feature repository."""
+def directory_of(source: FileSource, config: RepoConfig) -> File:
+    """The absolute path of a file source, relative ones taken from the feature repository; or its URL.
+
+    Raises:
+        ConfigError: the URL is of no object store that is known.
+    """
+    if "://" in source.path:
+        return ObjectPath.parse(source.path, source.s3_endpoint_override)
     return Path(FileSource.get_uri_for_file_path(config.repo_path, source.path)).resolve()
 
 

@@ -8,10 +8,8 @@ created exclusively, like every other.
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,8 +17,8 @@ import pyarrow.parquet as pq
 from headrace.chains import covered_end
 from headrace.contract import ViewContract
 from headrace.errors import LedgerError
-from headrace.faults import reached
 from headrace.folder import Folder
+from headrace.place import File, stat_of, whole
 from headrace.segments import (
     Footer,
     Offsets,
@@ -30,7 +28,6 @@ from headrace.segments import (
     read_accepted,
     read_footer,
     remove,
-    sync_folder,
 )
 
 SET_ASIDE = "_damaged"
@@ -92,7 +89,7 @@ def examine(contract: ViewContract, chain: str) -> Condition:
         OSError: a file cannot be opened for a reason that is not its own: no right to read it, a share that is away.
     """
     folder = Folder.of(contract)
-    sound: set[tuple[SegmentName, int]] = set()
+    sound: set[tuple[SegmentName, int | str]] = set()
 
     def read() -> Condition:
         damaged: dict[SegmentName, str] = {}
@@ -102,7 +99,7 @@ def examine(contract: ViewContract, chain: str) -> Condition:
             if segment.first < end:
                 continue
             path = folder.path_of(segment)
-            key = (segment, path.stat().st_ino)
+            key = (segment, stat_of(path).identity)
             fault = None if key in sound else _fault_of(path, segment)
             last = segment if last is None or segment.first >= last.first else last
             if fault is not None:
@@ -118,31 +115,15 @@ def examine(contract: ViewContract, chain: str) -> Condition:
     return folder.settled(read)
 
 
-def set_aside(contract: ViewContract, segments: Iterable[SegmentName]) -> list[Path]:
+def set_aside(contract: ViewContract, segments: Iterable[SegmentName]) -> list[File]:
     """Move files to the folder `SET_ASIDE` of the view's folder, durably, in the order given. Repeatable.
 
     Returns:
         Where they are now.
     """
-    folder = Folder.of(contract)
-    moved = []
-    for segment in segments:
-        source = folder.path_of(segment)
-        target = folder.path / SET_ASIDE / str(segment)
-        target.parent.mkdir(exist_ok=True)
-        number = 0
-        while target.exists():
-            number += 1
-            target = target.with_name(f"{segment}.{number}")
-        try:
-            os.rename(source, target)
-        except FileNotFoundError:
-            continue
-        reached("set-aside.1.renamed")
-        sync_folder(target.parent)
-        sync_folder(folder.path)
-        moved.append(target)
-    return moved
+    place = Folder.of(contract).place
+    moved = (place.set_aside(str(segment), SET_ASIDE) for segment in segments)
+    return [path for path in moved if path is not None]
 
 
 def fill(contract: ViewContract, hole: Hole, next_: int, table: pa.Table, note: Footer, accepted: Offsets) -> bool:
@@ -171,14 +152,14 @@ def fill(contract: ViewContract, hole: Hole, next_: int, table: pa.Table, note: 
     return True
 
 
-def _fault_of(path: Path, segment: SegmentName) -> str | None:
+def _fault_of(path: File, segment: SegmentName) -> str | None:
     """Why a file is not the segment that its name says; None if it is, to the last value."""
     try:
         mark = read_footer(path)
         if mark.mark != "closed" and mark.next <= segment.first:
             return f"it ends at {mark.next}, not beyond its start"
         rows = 0
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(whole(path), page_checksum_verification=True) as file:
             for batch in file.iter_batches(_ROWS):
                 batch.validate(full=True)
                 rows += batch.num_rows

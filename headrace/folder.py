@@ -7,13 +7,11 @@ Listings are no snapshots: whoever finds a file gone, a hole or an overlap lists
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
-from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
@@ -21,9 +19,9 @@ import pyarrow.parquet as pq
 
 from headrace.contract import ViewContract
 from headrace.errors import LedgerError
+from headrace.place import File, ObjectPlace, place_of, readable, stat_of
 from headrace.segments import (
     LEVELS,
-    SUFFIX,
     DayName,
     Footer,
     SegmentName,
@@ -76,7 +74,7 @@ class DayFile:
 
     date: date
     snapshot: int
-    path: Path
+    path: File
     rows: int
     content_hash: str
     read_us: int | None
@@ -86,10 +84,18 @@ class DayFile:
         return self.read_us is not None and read_us is not None and self.read_us > read_us
 
 
-def derive(name: str, segments: Iterable[SegmentName], footer_of: Callable[[SegmentName], Footer]) -> Chain:
+def derive(
+    name: str,
+    segments: Iterable[SegmentName],
+    footer_of: Callable[[SegmentName], Footer],
+    ahead: Callable[[Sequence[SegmentName]], None] = lambda _: None,
+) -> Chain:
     """The valid segments and the end of a chain, from its files.
 
     A file counts only if its `first` is at or beyond the end of every higher level. Reads one footer a valid file.
+
+    Args:
+        ahead: is told of the segments whose footers will be read next.
 
     Raises:
         LedgerError: the valid files leave a hole or overlap.
@@ -101,7 +107,9 @@ def derive(name: str, segments: Iterable[SegmentName], footer_of: Callable[[Segm
     end = 0
     closed: Footer | None = None
     for level in sorted(levels, reverse=True):
-        for segment in sorted(s for s in levels[level] if s.first >= end):
+        counting = sorted(s for s in levels[level] if s.first >= end)
+        ahead(counting)
+        for segment in counting:
             if segment.first != end:
                 kind = "a hole" if segment.first > end else "an overlap"
                 msg = (
@@ -124,13 +132,14 @@ class Folder:
     """The segments of one view in one folder.
 
     Args:
-        path: the folder. It may be a single Parquet file, as stock repositories have it: then that is the one foreign
-            file, and nothing can be appended.
+        path: the folder, or the prefix of an object store. It may be a single Parquet file, as stock repositories have
+            it: then that is the one foreign file, and nothing can be appended.
         required: the columns without which a foreign file is of no use; `Folder.of` knows them.
     """
 
-    def __init__(self, path: Path, required: Sequence[str] = ()) -> None:
+    def __init__(self, path: File, required: Sequence[str] = ()) -> None:
         self.path = path
+        self.place = place_of(path)
         self._required = tuple(required)
 
     @classmethod
@@ -145,7 +154,7 @@ class Folder:
 
     def chain(self, name: str) -> Chain:
         """One chain; of no files and end 0 where there is none."""
-        return self.settled(lambda: self.derive(name, _segments(name, self._entries())))
+        return self.settled(lambda: self.derive(name, self._counting(name)))
 
     def chains(self) -> dict[str, Chain]:
         """Every chain of the folder, by name."""
@@ -154,9 +163,9 @@ class Folder:
     def tip(self, name: str) -> Tip:
         """Where a chain ends. Reads the last file of each level alone, so the cost is a listing, whatever the history.
 
-        A hole further down is not seen; `chain` sees it.
+        In an object store it lists what is not merged yet. A hole further down is not seen; `chain` sees it.
         """
-        return self.settled(lambda: self._tip(name, self._entries()))
+        return self.settled(lambda: self._tip(name))
 
     def tip_of(self, newest: Iterable[SegmentName]) -> Tip:
         """Where a chain ends, by the last file of each of its levels. Not settled: a file may be gone meanwhile."""
@@ -175,13 +184,13 @@ class Folder:
         """
 
         def read() -> tuple[str, Tip] | None:
-            entries = [entry for entry in self._entries() if entry.startswith(prefix)]
-            names = {chain for entry in entries if (chain := chain_of(entry)) is not None}
+            if self.place.begins_anywhere:
+                found = self.numbered(prefix, number)
+                return (found[max(found)], self._tip(found[max(found)])) if found else None
+            entries = list(self._entries())
+            names = {chain for entry in entries if entry.startswith(prefix) and (chain := chain_of(entry)) is not None}
             numbered = [(n, chain) for chain in names if (n := number(chain)) is not None]
-            if not numbered:
-                return None
-            newest = max(numbered)[1]
-            return newest, self._tip(newest, entries)
+            return (max(numbered)[1], self._tip_among(max(numbered)[1], entries)) if numbered else None
 
         return self.settled(read)
 
@@ -189,38 +198,39 @@ class Folder:
         """The snapshot that counts of each ETL day, or of those wanted alone, by day. Reads one footer a day."""
 
         def read() -> dict[date, DayFile]:
-            names = self.names()
-            if wanted is not None:
-                names = [name for name in names if isinstance(name, DayName) and name.day in wanted]
-            return self._days(names)
+            prefixes = ["batch-"]
+            if wanted is not None and self.place.begins_anywhere:
+                prefixes = [f"batch-{day.isoformat()}-" for day in sorted(set(wanted))]
+            names = (parse_name(entry) for prefix in prefixes for entry in self._entries(prefix))
+            days = [name for name in names if isinstance(name, DayName)]
+            return self._days(days if wanted is None else [name for name in days if name.day in wanted])
 
         return self.settled(read)
 
-    def files(self) -> list[Path]:
+    def files(self) -> list[File]:
         """Every valid file with rows or without: chains, then days, then foreign files. What a reader must open."""
 
-        def read() -> list[Path]:
+        def read() -> list[File]:
             names = self.names()
             chains = [self.path_of(segment) for chain in self._chains(names).values() for segment in chain.valid]
             return chains + [day.path for day in self._days(names).values()]
 
         return self.settled(read) + self.foreign()
 
-    def foreign(self) -> list[Path]:
+    def foreign(self) -> list[File]:
         """Parquet files that somebody else wrote, in the folder or below it; hidden ones (`.`, `_`) are not read.
 
         They are history too. One that cannot be read or lacks a required column is named in a warning and left out.
         """
-        found = [self.path] if self.path.is_file() else sorted(_foreign(self.path, is_top=True))
-        return [path for path in found if self._is_usable(path)]
+        return [path for path in self.place.foreign(lambda name: parse_name(name) is not None) if self._is_usable(path)]
 
-    def path_of(self, name: SegmentName | DayName) -> Path:
+    def path_of(self, name: SegmentName | DayName) -> File:
         """Where a segment of this folder lies."""
-        return self.path / str(name)
+        return self.place.file(str(name))
 
     def derive(self, chain: str, segments: Iterable[SegmentName]) -> Chain:
         """`derive` with this folder's footers. Not settled: a file may be gone meanwhile."""
-        return derive(chain, segments, lambda segment: read_footer(self.path_of(segment)))
+        return derive(chain, segments, lambda segment: read_footer(self.path_of(segment)), self._ahead)
 
     def settled(self, read: Callable[[], Result]) -> Result:
         """What a reading of the folder says, listing again while files go or come in the middle of it."""
@@ -235,15 +245,53 @@ class Folder:
 
     def segments(self, chain: str) -> list[SegmentName]:
         """All files of a chain, valid or not."""
-        return _segments(chain, self._entries())
+        return _segments(chain, self._entries(f"{chain}-"))
 
-    def _entries(self) -> list[str]:
-        try:
-            return os.listdir(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+    def above(self, chain: str, level: int) -> list[SegmentName]:
+        """The files of a chain on the levels above one."""
+        entries = self._entries(f"{chain}-", after=f"{chain}-{level + 1}-")
+        return [segment for segment in _segments(chain, entries) if segment.level > level]
 
-    def _tip(self, chain: str, entries: Iterable[str]) -> Tip:
+    def numbered(self, prefix: str, number: Callable[[str], int | None]) -> dict[int, str]:
+        """The chains that begin with a prefix, by their number; those that have none are left out.
+
+        Args:
+            number: the number of a chain by its name, which is the prefix and the number. The numbers begin at 0, and
+                none is missing.
+        """
+        found: dict[int, str] = {}
+        if isinstance(self.place, ObjectPlace):
+            while _has_file(self.place, chain := f"{prefix}{len(found)}"):
+                found[len(found)] = chain
+            return found
+        names = {name for entry in self._entries() if (name := chain_of(entry)) is not None}
+        return {n: name for name in names if (n := number(name)) is not None}
+
+    def _counting(self, chain: str) -> list[SegmentName]:
+        """The files of a chain that may count: all, or where a listing may begin anywhere, those that are not covered.
+
+        What happens between the two listings can at most leave a hole: the newest file of level 0 always stays.
+        """
+        if not self.place.begins_anywhere:
+            return self.segments(chain)
+        upper = self.above(chain, 0)
+        end = self.derive(chain, upper).end
+        return upper + _segments(chain, self._entries(f"{chain}-0-", after=f"{chain}-0-{end:020d}"))
+
+    def _entries(self, prefix: str = "", after: str = "") -> Iterable[str]:
+        return self.place.names(prefix, after)
+
+    def _ahead(self, segments: Sequence[SegmentName]) -> None:
+        self.place.read_ahead(read_footer, (self.path_of(segment) for segment in segments))
+
+    def _tip(self, chain: str) -> Tip:
+        if not self.place.begins_anywhere:
+            return self._tip_among(chain, self._entries())
+        upper = list(self._entries(f"{chain}-", after=f"{chain}-1-"))
+        end = self._tip_among(chain, upper).end
+        return self._tip_among(chain, [*upper, *self._entries(f"{chain}-0-", after=f"{chain}-0-{end:020d}")])
+
+    def _tip_among(self, chain: str, entries: Iterable[str]) -> Tip:
         # The positions in names have one width, so the last file of a level is the greatest name.
         newest: dict[str, str] = {}
         for entry in entries:
@@ -265,6 +313,7 @@ class Folder:
         for name in names:
             if isinstance(name, DayName) and (name.day not in newest or newest[name.day] < name):
                 newest[name.day] = name
+        self.place.read_ahead(read_footer, (self.path_of(name) for name in newest.values()))
         return {day: self._day(name) for day, name in sorted(newest.items())}
 
     def _day(self, name: DayName) -> DayFile:
@@ -273,12 +322,12 @@ class Folder:
         content, read_us = str(mark.extra.get("content_hash", "")), mark.extra.get("read_us")
         return DayFile(name.day, name.snapshot, path, mark.next, content, None if read_us is None else int(read_us))
 
-    def _is_usable(self, path: Path) -> bool:
+    def _is_usable(self, path: File) -> bool:
         try:
-            stat = path.stat()
+            stat = stat_of(path)
         except FileNotFoundError:
             return False
-        return _is_usable(path, self._required, stat.st_size, stat.st_mtime_ns)
+        return _is_usable(path, self._required, stat.size, stat.mtime_ns)
 
 
 def horizons(folder: Folder) -> Mapping[str, int]:
@@ -293,31 +342,24 @@ def horizons(folder: Folder) -> Mapping[str, int]:
     return folder.settled(read)
 
 
+def _has_file(place: ObjectPlace, chain: str) -> bool:
+    """Whether a chain has any; without a listing of all of them. The first digit of a position is always 0."""
+    return any(
+        place.first(f"{chain}-{level}-0", f"{chain}-{level}-0.", lambda name: chain_of(name) == chain)
+        for level in LEVELS
+    )
+
+
 def _segments(chain: str, entries: Iterable[str]) -> list[SegmentName]:
     own = (parse_name(entry) for entry in entries if entry.startswith(chain) and chain_of(entry) == chain)
     return [name for name in own if isinstance(name, SegmentName)]
 
 
-def _foreign(folder: Path, *, is_top: bool) -> Iterator[Path]:
-    try:
-        entries = os.scandir(folder)
-    except FileNotFoundError:
-        return
-    with entries:
-        for entry in entries:
-            if entry.name.startswith((".", "_")):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _foreign(Path(entry.path), is_top=False)
-            elif entry.name.endswith(SUFFIX) and not (is_top and parse_name(entry.name) is not None):
-                yield Path(entry.path)
-
-
 @lru_cache(maxsize=65_536)
-def _is_usable(path: Path, required: tuple[str, ...], size: int, mtime_ns: int) -> bool:
+def _is_usable(path: File, required: tuple[str, ...], size: int, mtime_ns: int) -> bool:
     """Whether a foreign file can be read as history. Cached, so that one that cannot is named once a process."""
     try:
-        found = pq.read_schema(path).names
+        found = pq.read_schema(readable(path)).names
     except (pa.ArrowException, OSError) as error:
         log.warning("%s is left out: it is not readable Parquet (%s); repair it or move it away", path, error)
         return False

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from feast import FeatureStore
 
@@ -21,6 +21,7 @@ from headrace.encode import encode
 from headrace.errors import TransientError
 from headrace.faults import reached
 from headrace.online import Mark, NewestWinsStore, online_store, write_online
+from headrace.place import File, stat_of
 from headrace.scan import Window, newest, reading
 from headrace.segments import read_footer
 
@@ -67,11 +68,11 @@ class Holdings:
     days: Mapping[str, str]
     chains: Mapping[str, int]
     files: Mapping[str, str]
-    paths: Mapping[str, Sequence[Path]]
-    ends: Mapping[Path, int]
+    paths: Mapping[str, Sequence[File]]
+    ends: Mapping[File, int]
 
     @property
-    def all_paths(self) -> list[Path]:
+    def all_paths(self) -> list[File]:
         """Every file with rows."""
         return [path for paths in self.paths.values() for path in paths]
 
@@ -106,7 +107,7 @@ class Arrived:
     days: list[str]
     chains: dict[str, tuple[int, int]]
     files: list[str]
-    paths: list[Path]
+    paths: list[File]
 
     def __bool__(self) -> bool:
         return bool(self.days or self.chains or self.files)
@@ -116,8 +117,8 @@ def holdings(contract: ViewContract) -> Holdings:
     """List what a view has offline."""
     folder = Folder.of(contract)
     chains, days, foreign = folder.chains(), folder.days(), folder.foreign()
-    paths: dict[str, list[Path]] = {}
-    ends: dict[Path, int] = {}
+    paths: dict[str, list[File]] = {}
+    ends: dict[File, int] = {}
     for name, chain in chains.items():
         segments = [(folder.path_of(segment), read_footer(folder.path_of(segment))) for segment in chain.valid]
         with_rows = {path: footer.next for path, footer in segments if footer.min_us is not None}
@@ -127,8 +128,9 @@ def holdings(contract: ViewContract) -> Holdings:
         paths[day.date.isoformat()] = [day.path] if day.rows else []
     files: dict[str, str] = {}
     for path in foreign:
-        name, stat = path.relative_to(contract.directory).as_posix(), path.stat()
-        files[name] = f"{stat.st_size}-{stat.st_mtime_ns}"
+        directory: Any = contract.directory  # both are paths of this machine, or both of one object store
+        name, stat = path.relative_to(directory).as_posix(), stat_of(path)
+        files[name] = f"{stat.size}-{stat.mtime_ns}"
         paths[name] = [path]
     return Holdings(
         days={day.date.isoformat(): day.content_hash for day in days.values()},
@@ -221,7 +223,7 @@ def set_back(store: FeatureStore, contract: ViewContract, to: Holdings) -> None:
 def apply_newest(
     store: FeatureStore,
     contract: ViewContract,
-    files: Sequence[Path],
+    files: Sequence[File],
     window: Window | None = None,
     *,
     progress: Progress | None = None,

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar
 
 import ibis
@@ -37,11 +36,14 @@ from feast.infra.registry.base_registry import BaseRegistry
 from feast.saved_dataset import SavedDatasetStorage
 from feast.utils import compute_non_entity_date_range
 
+from headrace import objects
 from headrace import registry as _registry  # noqa: F401 - resolves relative registries
 from headrace.chains import Folder, push
 from headrace.conform import conform
 from headrace.contract import TIMESTAMP, ViewContract, directory_of
 from headrace.errors import ConfigError, SchemaError
+from headrace.objects import ObjectPath
+from headrace.place import File, place_of, readable
 from headrace.scan import (
     AS_OF,
     PointInTime,
@@ -164,7 +166,7 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
             )
         columns = _wanted(join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column)
 
-        def run(files: list[Path]) -> pa.Table:
+        def run(files: list[File]) -> pa.Table:
             limit = config.offline_store.memory_limit
             rows = newest_rows(contract, files, Window(start_date, end_date), memory_limit=limit)
             return _pulled(rows, columns, dummy=not join_key_columns)
@@ -199,7 +201,7 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
         contract = _contract_of(config, data_source, [*join_key_columns, *feature_name_columns])
         window = Window(start_date, end_date)
 
-        def run(files: list[Path]) -> pa.Table:
+        def run(files: list[File]) -> pa.Table:
             if contract is not None and columns:
                 rows = rows_within(contract, files, window, memory_limit=config.offline_store.memory_limit)
             elif files:
@@ -314,6 +316,18 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
         if progress:
             progress(table.num_rows)
 
+    def validate_data_source(self, config: RepoConfig, data_source: DataSource) -> None:
+        """See that the store of a source can be asked, for `feast apply`; Feast itself would not ask its endpoint.
+
+        Raises:
+            ConfigError: it has no such bucket, or refuses the credentials.
+            TransientError: it does not answer.
+        """
+        if is_parquet(data_source) and isinstance(folder := directory_of(data_source, config), ObjectPath):
+            objects.check(folder)
+        else:
+            super().validate_data_source(config, data_source)
+
     def get_table_column_names_and_types_from_data_source(
         self, config: RepoConfig, data_source: DataSource
     ) -> Iterable[tuple[str, str]]:
@@ -322,7 +336,7 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
         if contract is not None:
             return [(field.name, str(field.type)) for field in contract.schema]
         if is_parquet(data_source) and (files := _files_at(directory_of(data_source, config))):
-            return [(field.name, str(field.type)) for field in pq.read_schema(files[-1])]
+            return [(field.name, str(field.type)) for field in pq.read_schema(readable(files[-1]))]
         return super().get_table_column_names_and_types_from_data_source(config, data_source)
 
 
@@ -367,7 +381,7 @@ class _AskedView:
             ttl_us=view.ttl // timedelta(microseconds=1) if view.ttl else None,
         )
 
-    def reading(self, work: Callable[[list[Path]], Result]) -> Result:
+    def reading(self, work: Callable[[list[File]], Result]) -> Result:
         """Work on the files of the history."""
         return _with_files(self.contract.directory, work)
 
@@ -420,23 +434,28 @@ def _contract_of(config: RepoConfig, source: DataSource, columns: Iterable[str] 
 
 
 def is_parquet(source: DataSource | None) -> TypeGuard[FileSource]:
-    """Whether a source is Parquet on a local path."""
-    if not isinstance(source, FileSource) or "://" in source.path:
+    """Whether a source is Parquet, on a local path or in an object store."""
+    if not isinstance(source, FileSource):
+        return False
+    scheme, mark, _ = source.path.partition("://")
+    if mark and scheme not in objects.SCHEMES:
         return False
     return source.file_format is None or isinstance(source.file_format, ParquetFormat)
 
 
-def _files_at(path: Path) -> list[Path]:
+def _files_at(path: File) -> list[File]:
     """A file; or of a folder of segments the valid ones, of another whatever Parquet lies there."""
+    if isinstance(path, ObjectPath):
+        return Folder(path).files()
     if path.is_file():
         return [path]
     found = sorted(p for p in path.rglob("*.parquet") if not p.name.startswith((".", "_")))
     if any(p.parent == path and parse_name(p.name) is not None for p in found):
         return Folder(path).files()
-    return found
+    return list(found)
 
 
-def _with_files(directory: Path, work: Callable[[list[Path]], Result]) -> Result:
+def _with_files(directory: File, work: Callable[[list[File]], Result]) -> Result:
     """Work on the files that are there; see `headrace.scan.reading`."""
     return reading(lambda: _files_at(directory), lambda files: files, work)
 
@@ -454,8 +473,11 @@ def _pulled(rows: pa.Table, columns: Sequence[str], *, dummy: bool) -> pa.Table:
     return wanted.append_column(DUMMY_ENTITY_ID, pa.repeat(DUMMY_ENTITY_VAL, len(wanted))) if dummy else wanted
 
 
-def _replace(path: Path, table: pa.Table) -> None:
+def _replace(path: File, table: pa.Table) -> None:
     """Write a file, or a folder of one, in the place of what is there."""
+    if isinstance(path, ObjectPath):
+        _replace_objects(path, table)
+        return
     folder = path.parent if path.suffix == ".parquet" else path
     folder.mkdir(parents=True, exist_ok=True)
     old = [] if folder != path else list(folder.glob("*.parquet"))
@@ -467,6 +489,18 @@ def _replace(path: Path, table: pa.Table) -> None:
         temporary.unlink(missing_ok=True)
     for former in old:
         former.unlink()
+
+
+def _replace_objects(path: ObjectPath, table: pa.Table) -> None:
+    old = [] if path.suffix == ".parquet" else place_of(path).foreign(lambda _: False)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    objects.write(
+        path if path.suffix == ".parquet" else path / f"{uuid.uuid4().hex}.parquet", memoryview(sink.getvalue())
+    )
+    for former in old:
+        if isinstance(former, ObjectPath):
+            objects.remove(former)
 
 
 def _entities(entity_df: pd.DataFrame | str, config: RepoConfig) -> tuple[pa.Table, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from headrace.chains import Standing, StreamLedger, append
 from headrace.contract import ViewContract
 from headrace.encode import Origin, Tails, stream_tails
 from headrace.folder import Folder
+from headrace.place import File
 from headrace.segments import (
     REPLAY,
     Footer,
@@ -82,7 +82,7 @@ class ReplayLedger:
         self._has_read = False
         self.end = 0
 
-    def catch_up(self) -> list[Path]:
+    def catch_up(self) -> list[File]:
         """Read what the chain has gained since the last call; the first time, all of it.
 
         Returns:
@@ -91,7 +91,7 @@ class ReplayLedger:
         """
         is_first, self._has_read = not self._has_read, True
 
-        def read() -> list[tuple[Path, Footer]]:
+        def read() -> list[tuple[File, Footer]]:
             valid = self._folder.chain(self._chain).valid
             pairs = [(path, read_footer(path)) for path in map(self._folder.path_of, valid)]
             return [(path, footer) for path, footer in pairs if footer.next > self.end]
@@ -123,7 +123,7 @@ class ReplayLedger:
         """The offsets of a partition whose letters were taken, as far as it was read; ascending."""
         return self._taken.get((epoch, partition), np.empty(0, dtype=np.int64))
 
-    def append(self, table: pa.Table, origins: Origins, *, transform_hash: str | None = None) -> Path:
+    def append(self, table: pa.Table, origins: Origins, *, transform_hash: str | None = None) -> File:
         """Take letters: extend the chain by their rows. Atomic and durable.
 
         Args:

@@ -18,6 +18,7 @@ from headrace.contract import ViewContract
 from headrace.days import content_hash, remove_superseded
 from headrace.errors import ConfigError, TransientError
 from headrace.folder import Chain, DayFile, Folder, horizons
+from headrace.place import readable, stat_of
 from headrace.segments import DayName, Footer, SegmentName, create, new_append_id, read_footer, writer_id
 
 RETAINED = "retained"
@@ -139,10 +140,10 @@ def _old(folder: Folder, chain: Chain, bound_us: int) -> _Old | None:
     if not names:
         return None
     paths = [folder.path_of(name) for name in names]
-    rows = sum(pq.read_metadata(path).num_rows for path in paths)
+    rows = sum(pq.read_metadata(readable(path)).num_rows for path in paths)
     if rows == 0:
         return None
-    return _Old(names, read_footer(paths[-1]).next, rows, sum(path.stat().st_size for path in paths))
+    return _Old(names, read_footer(paths[-1]).next, rows, sum(stat_of(path).size for path in paths))
 
 
 def _retain_chain(contract: ViewContract, folder: Folder, chain: str, bound_us: int) -> _Old | None:
@@ -217,4 +218,4 @@ def _old_day(day: DayFile, bound_us: int) -> _Old | None:
     newest_us = read_footer(day.path).max_us
     if day.rows == 0 or newest_us is None or newest_us >= bound_us:
         return None
-    return _Old([], day.rows, day.rows, day.path.stat().st_size)
+    return _Old([], day.rows, day.rows, stat_of(day.path).size)

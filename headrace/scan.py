@@ -8,12 +8,11 @@ places of the winners by keys, times and places alone; the few that still tie ar
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from pathlib import Path
 from typing import TypeVar
 
 import duckdb
@@ -24,6 +23,8 @@ import pyarrow.parquet as pq
 from headrace.contract import ViewContract
 from headrace.encode import Origin, Tails, encode_values, hash_tails, schema_id, stream_tails
 from headrace.errors import SchemaError
+from headrace.objects import ObjectPath
+from headrace.place import File, readable, stat_of
 from headrace.sample import Sample
 from headrace.segments import (
     REPLAY,
@@ -95,11 +96,14 @@ class PointInTime:
 
 
 @contextmanager
-def connection(memory_limit: str | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+def connection(memory_limit: str | None = None, files: Iterable[File] = ()) -> Iterator[duckdb.DuckDBPyConnection]:
     """A DuckDB of its own, in UTC: never shared across a fork or by two threads.
 
     What exceeds the memory limit (as DuckDB writes it; by default `DEFAULT_MEMORY_LIMIT`) spills to a folder that is
     removed afterwards.
+
+    Args:
+        files: those of an object store among them can be read by their URLs.
     """
     with tempfile.TemporaryDirectory(prefix="headrace-") as spill, duckdb.connect() as con:
         con.execute("SET TimeZone = 'UTC'")
@@ -107,6 +111,10 @@ def connection(memory_limit: str | None = None) -> Iterator[duckdb.DuckDBPyConne
         con.execute("SET temp_directory = ?", [spill])
         con.execute("SET preserve_insertion_order = false")
         con.execute("SET parquet_metadata_cache = true")
+        if remote := [file for file in files if isinstance(file, ObjectPath)]:
+            from headrace.object_files import ObjectFiles  # noqa: PLC0415 - only who has an object store pays for it
+
+            con.register_filesystem(ObjectFiles(remote))
         yield con
 
 
@@ -135,7 +143,7 @@ class Newest:
 @contextmanager
 def newest(
     contract: ViewContract,
-    files: Sequence[Path],
+    files: Sequence[File],
     window: Window | None = None,
     *,
     memory_limit: str | None = None,
@@ -157,13 +165,13 @@ def newest(
         SchemaError: a value in an older or foreign file cannot be cast to the type that the view has now.
     """
     within = window or Window()
-    with connection(memory_limit) as con:
+    with connection(memory_limit, files) as con:
         history = History(con, contract, files, within)
         yield Newest(history, history.find_newest(within, keys, sample), rows_a_chunk)
 
 
 def newest_rows(
-    contract: ViewContract, files: Sequence[Path], window: Window | None = None, *, memory_limit: str | None = None
+    contract: ViewContract, files: Sequence[File], window: Window | None = None, *, memory_limit: str | None = None
 ) -> pa.Table:
     """The same as one table."""
     with newest(contract, files, window, memory_limit=memory_limit) as rows:
@@ -171,19 +179,19 @@ def newest_rows(
 
 
 def rows_within(
-    contract: ViewContract, files: Sequence[Path], window: Window, *, memory_limit: str | None = None
+    contract: ViewContract, files: Sequence[File], window: Window, *, memory_limit: str | None = None
 ) -> pa.Table:
     """Every row within a window, in the contract's schema; in no order."""
-    with connection(memory_limit) as con:
+    with connection(memory_limit, files) as con:
         history = History(con, contract, files, window)
         return history.named(con.sql(f"FROM history WHERE {window.condition(history.time)}").to_arrow_table())
 
 
 def moments(
-    contract: ViewContract, files: Sequence[Path], window: Window, *, memory_limit: str | None = None
+    contract: ViewContract, files: Sequence[File], window: Window, *, memory_limit: str | None = None
 ) -> pa.Table:
     """Each join key and event time that any row within a window has, once: the contract's columns of them."""
-    with connection(memory_limit) as con:
+    with connection(memory_limit, files) as con:
         history = History(con, contract, files, window)
         names = [*contract.join_keys, contract.timestamp_field]
         columns = [history.column(name) for name in names]
@@ -192,12 +200,12 @@ def moments(
         return found.to_arrow_table().rename_columns(names)
 
 
-def all_rows(files: Sequence[Path], columns: Sequence[str], timestamp_field: str, window: Window) -> pa.Table:
+def all_rows(files: Sequence[File], columns: Sequence[str], timestamp_field: str, window: Window) -> pa.Table:
     """Every row of any Parquet files within a window, in their own types; the columns wanted, or all."""
     listed = ", ".join(_text(str(path)) for path in files)
     time = quoted(timestamp_field)
     wanted = ", ".join(quoted(name) for name in columns) or "*"
-    with connection() as con:
+    with connection(None, files) as con:
         return con.sql(
             f"SELECT {wanted} FROM (SELECT * REPLACE (CAST({time} AS TIMESTAMPTZ) AS {time}) "
             f"FROM read_parquet([{listed}], union_by_name = true, hive_partitioning = false)) "
@@ -207,7 +215,7 @@ def all_rows(files: Sequence[Path], columns: Sequence[str], timestamp_field: str
 
 def point_in_time(
     contract: ViewContract,
-    files: Sequence[Path],
+    files: Sequence[File],
     entities: pa.Table,
     join: PointInTime,
     *,
@@ -227,7 +235,7 @@ def point_in_time(
     window = _window_of(entities, join)
     if window is None:
         return pa.table({f.name: pa.nulls(entities.num_rows, f.type) for f in schema}, schema=schema)
-    with connection(memory_limit) as con:
+    with connection(memory_limit, files) as con:
         history = History(con, contract, files, window)
         history.find_as_of(entities, join, window)
         found = con.sql("SELECT row, file << 32 | position AS place FROM found").to_arrow_table()
@@ -258,7 +266,7 @@ class History:
     """
 
     def __init__(
-        self, con: duckdb.DuckDBPyConnection, contract: ViewContract, files: Sequence[Path], window: Window
+        self, con: duckdb.DuckDBPyConnection, contract: ViewContract, files: Sequence[File], window: Window
     ) -> None:
         self._con = con
         self._contract = contract
@@ -272,7 +280,7 @@ class History:
         is_ranked = one_topic and not any(place.is_replay for place in places)
         self._ranked_from = len(places) - len(streams) if is_ranked else len(places)
         self._is_held = len(places) > _FEW_FILES and (
-            sum(place.path.stat().st_size for place in places) < len(places) * _SMALL_FILE_BYTES
+            sum(stat_of(place.path).size for place in places) < len(places) * _SMALL_FILE_BYTES
         )
         self._refuse_fractions()
         kind = "TABLE" if self._is_held else "VIEW"
@@ -391,8 +399,8 @@ class History:
             if place.stream is not None:
                 rows = np.flatnonzero(files == number)
                 epoch, partition, _, _ = place.stream
-                stat = place.path.stat()
-                accepted = _accepted(place.path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+                stat = stat_of(place.path)
+                accepted = _accepted(place.path, stat.size, stat.mtime_ns, stat.identity)
                 tails[rows] = stream_tails(Origin(epoch, partition, accepted[positions[rows]]))
             elif place.is_replay:
                 rows = np.flatnonzero(files == number)
@@ -489,7 +497,7 @@ class History:
         for number, field in enumerate(self._contract.schema):
             if not pa.types.is_integer(field.type):
                 continue
-            paths = [str(path) for path in others if field.name in _float_columns(path, path.stat().st_mtime_ns)]
+            paths = [str(path) for path in others if field.name in _float_columns(path, stat_of(path).mtime_ns)]
             if not paths:
                 continue
             column, listed = quoted(field.name), ", ".join(map(_text, paths))
@@ -525,7 +533,7 @@ class History:
 
 
 def reading(
-    find: Callable[[], Found], files_of: Callable[[Found], Sequence[Path]], work: Callable[[Found], Result]
+    find: Callable[[], Found], files_of: Callable[[Found], Sequence[File]], work: Callable[[Found], Result]
 ) -> Result:
     """Find files and work on them; where one of them was removed meanwhile (a new snapshot, a merge), do so again."""
     for attempt in range(_READINGS):
@@ -564,13 +572,13 @@ class _Place:
         is_as_is: its columns are the very columns of the contract.
     """
 
-    path: Path
+    path: File
     stream: tuple[int, int, str, int] | None = None
     is_replay: bool = False
     is_as_is: bool = False
 
 
-def _place(contract: ViewContract, path: Path, window: Window, own_columns: str) -> _Place | None:
+def _place(contract: ViewContract, path: File, window: Window, own_columns: str) -> _Place | None:
     """A file as its name and footer have it; None if it has no rows within. One of somebody else may have any."""
     name = parse_name(path.name) if path.parent == contract.directory else None
     if name is None:
@@ -587,17 +595,17 @@ def _place(contract: ViewContract, path: Path, window: Window, own_columns: str)
 
 
 @lru_cache(maxsize=64)
-def _accepted(path: Path, size: int, mtime_ns: int, inode: int) -> Offsets:
+def _accepted(path: File, size: int, mtime_ns: int, identity: int | str) -> Offsets:
     """The offsets of a segment's rows."""
-    del size, mtime_ns, inode  # part of the key: where a folder was removed and filled anew, names come again
+    del size, mtime_ns, identity  # part of the key: where a folder was removed and filled anew, names come again
     return read_accepted(path)
 
 
 @lru_cache(maxsize=16_384)
-def _float_columns(path: Path, mtime_ns: int) -> frozenset[str]:
+def _float_columns(path: File, mtime_ns: int) -> frozenset[str]:
     """The columns of a file that hold floats."""
     del mtime_ns  # part of the key: a file of somebody else may change
-    return frozenset(field.name for field in pq.read_schema(path) if pa.types.is_floating(field.type))
+    return frozenset(field.name for field in pq.read_schema(readable(path)) if pa.types.is_floating(field.type))
 
 
 def _present(columns: Sequence[str]) -> str:

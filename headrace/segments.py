@@ -19,10 +19,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +29,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from headrace.errors import ConfigError, LedgerError, TransientError
-from headrace.faults import reached
+from headrace.errors import LedgerError
+from headrace.place import SUFFIX, File, place_of, read_tail, readable, stat_now, stat_of, told
 
 FORMAT_VERSION = 1
-SUFFIX = ".parquet"
 META = b"headrace"
 ACCEPTED = b"headrace.accepted"
 _META_KEY = b"\x18\x08headrace\x18"  # as Thrift writes the key, and that a value follows
@@ -56,8 +54,6 @@ ROWS_A_GROUP = 131_072
 DICTIONARY_BYTES = 131_072
 """Where a column's dictionary is given up. A group's numbers never reach Arrow's own 1 MiB, even if all differ: then it
 is made in vain, at twice the cost of all the rest."""
-
-_TRIES = 10
 
 Offsets = npt.NDArray[np.int64]
 
@@ -222,7 +218,7 @@ def writer_id() -> str:
 
 
 def create(
-    path: Path,
+    path: File,
     rows: pa.Table | Rows,
     footer: Footer,
     accepted: Offsets | Ranges | None = None,
@@ -231,8 +227,7 @@ def create(
 ) -> bool:
     """Create a segment exclusively and durably; the name appears with its whole content or not at all.
 
-    1. Write to a temporary name that no reader matches. 2. fsync. 3. link to the final name, which fails where it is
-    taken. 4. fsync the folder. 5. Remove the temporary name. A crash leaves at most the temporary file.
+    How is in `headrace.place`.
 
     Returns:
         False when the name was taken by another append; True when it is ours, also by an earlier try.
@@ -240,64 +235,49 @@ def create(
     Raises:
         ConfigError: the view's folder is a file.
         LedgerError: the name is taken by a file that cannot be read.
+        TransientError: the object store does not answer, or refuses; whether the segment is there is not known.
     """
-    _make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{new_append_id()}.tmp")
-    try:
-        is_new = _linked(temporary, path, rows, footer, accepted, operation)
-        if not is_new and not _has_append(path, footer.append):
-            return False
-        sync_folder(path.parent)
-        reached(f"{operation}.4.folder-fsynced")
-    finally:
-        with contextlib.suppress(OSError):  # what stays is removed by the next compaction
-            temporary.unlink()
-    reached(f"{operation}.5.temporary-removed")
-    return True
+    return place_of(path.parent).create(
+        path.name, partial(_write, rows, footer, accepted), lambda: _has_append(path, footer.append), operation
+    )
 
 
-def lift(source: Path, target: Path) -> bool:
-    """Give a segment a second name, exclusively and durably: what a copy to a higher level would do, without the copy.
+def lift(source: File, target: File) -> bool:
+    """Give a segment a second name, exclusively and durably.
 
     Returns:
         False when the name is taken.
 
     Raises:
         FileNotFoundError: the source is gone.
+        TransientError: see `create`.
     """
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        return False
-    reached("lift.1.linked")
-    sync_folder(target.parent)
-    reached("lift.2.folder-fsynced")
-    return True
+    return place_of(source.parent).lift(
+        source.name, target.name, lambda: _has_append(target, read_footer(source).append)
+    )
 
 
-def remove(*paths: Path, step: str = "remove.1.removed") -> None:
+def remove(*paths: File, step: str = "remove.1.removed") -> None:
     """Remove files of one folder, in the order given, durably; those that are gone already are fine."""
-    for path in paths:
-        path.unlink(missing_ok=True)
-        reached(step)
     if paths:
-        sync_folder(paths[0].parent)
+        place_of(paths[0].parent).remove([path.name for path in paths], step)
 
 
-def read_footer(path: Path) -> Footer:
-    """The footer of a segment, cached by name, inode, size and time.
+def read_footer(path: File) -> Footer:
+    """The footer of a segment, cached by name, inode (of an object its ETag), size and time.
 
     Raises:
         FileNotFoundError: it is gone.
         LedgerError: it is not a whole segment of ours.
+        TransientError: the object store does not answer.
     """
-    stat = path.stat()
-    return _read_footer(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    stat = stat_of(path)
+    return _read_footer(told(path, stat), stat.size, stat.mtime_ns, stat.identity)
 
 
 @lru_cache(maxsize=262_144)
-def _read_footer(path: Path, size: int, mtime_ns: int, inode: int) -> Footer:
-    del mtime_ns, inode  # part of the key: where a folder was removed and filled anew, names come again
+def _read_footer(path: File, size: int, mtime_ns: int, identity: int | str) -> Footer:
+    del mtime_ns, identity  # part of the key: where a folder was removed and filled anew, names come again
     try:
         return Footer.from_json(_quick_note(path, size) or _entries(path)[META])
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
@@ -310,15 +290,13 @@ def _read_footer(path: Path, size: int, mtime_ns: int, inode: int) -> Footer:
         raise LedgerError(msg) from error
 
 
-def _quick_note(path: Path, size: int) -> bytes | None:
+def _quick_note(path: File, size: int) -> bytes | None:
     """The `headrace` entry by its bytes, six times as fast as by Arrow; None where that must look.
 
     The entries are the last thing in Parquet's metadata that could hold such bytes, and ours holds them not: JSON
     escapes them. So the last place where they are is the entry.
     """
-    with path.open("rb", buffering=0) as file:
-        file.seek(-min(size, _TAIL_BYTES), os.SEEK_END)
-        tail = file.read()
+    tail = bytes(read_tail(path, size, _TAIL_BYTES))
     start = tail.rfind(_META_KEY) + len(_META_KEY)
     if not tail.endswith(b"PAR1") or start < len(_META_KEY):
         return None
@@ -327,7 +305,7 @@ def _quick_note(path: Path, size: int) -> bytes | None:
     return tail[start : start + length] if start + length < len(tail) else None
 
 
-def read_accepted(path: Path) -> Offsets:
+def read_accepted(path: File) -> Offsets:
     """The offset of each row of a stream segment, in row order, ascending."""
     return decode_ranges(_entries(path).get(ACCEPTED, b""))
 
@@ -413,8 +391,8 @@ def decode_ranges(text: bytes) -> Offsets:
     return Ranges.decode(text).offsets()
 
 
-def _entries(path: Path) -> Mapping[bytes, bytes]:
-    return pq.read_metadata(path).metadata or {}
+def _entries(path: File) -> Mapping[bytes, bytes]:
+    return pq.read_metadata(readable(path)).metadata or {}
 
 
 def _varints(data: bytes) -> Iterator[int]:
@@ -433,92 +411,30 @@ def time_bounds(table: pa.Table, column: str) -> tuple[int | None, int | None]:
     return bounds["min"].as_py(), bounds["max"].as_py()
 
 
-def _make_folder(folder: Path) -> None:
-    """Make a folder durably.
-
-    Raises:
-        ConfigError: it is a file.
-        TransientError: it is a link to nowhere.
-    """
-    if folder.is_dir():
-        return
+def _has_append(path: File, append: str) -> bool | None:
+    """Whether what has a name now is of an append; None where nothing has it."""
+    stat = stat_now(path)
     try:
-        for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
-            missing.mkdir(exist_ok=True)
-            sync_folder(missing.parent)
-        folder.mkdir(exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        if folder.is_symlink():
-            msg = f"{folder} is a link that leads to no folder now; is what it leads to mounted?"
-            raise TransientError(msg) from error
-        msg = (
-            f"{folder} is a file, and rows are appended to a folder of segments; "
-            "make a folder of that name and move the file into it: its rows stay history"
-        )
-        raise ConfigError(msg) from error
-
-
-def _linked(
-    temporary: Path,
-    path: Path,
-    rows: pa.Table | Rows,
-    footer: Footer,
-    accepted: Offsets | Ranges | None,
-    operation: str,
-) -> bool:
-    """Write the file and link it; False where the name is taken."""
-    for _ in range(_TRIES):
-        _write(temporary, rows, footer, accepted, operation)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        except FileNotFoundError:  # this process slept so long that its file was taken for a dead one's
-            continue
-        reached(f"{operation}.3.linked")
-        return True
-    msg = f"{temporary} was removed {_TRIES} times while it was being written; is the grace of compaction too short?"
-    raise TransientError(msg)
-
-
-def _has_append(path: Path, append: str) -> bool:
-    try:
-        return read_footer(path).append == append
+        return None if stat is None else read_footer(told(path, stat)).append == append
     except FileNotFoundError:
-        return False
+        return None
 
 
-def _write(
-    path: Path, rows: pa.Table | Rows, footer: Footer, accepted: Offsets | Ranges | None, operation: str
-) -> None:
+def _write(rows: pa.Table | Rows, footer: Footer, accepted: Offsets | Ranges | None, sink: IO[bytes]) -> None:
     chunks = rows.chunks() if isinstance(rows, Rows) else (rows,)
-    with path.open("wb") as sink:
-        # Without Arrow's own schema entry the footer has ours alone; the types survive, being Parquet's.
-        with pq.ParquetWriter(
-            sink,
-            rows.schema,
-            compression="zstd",
-            dictionary_pagesize_limit=DICTIONARY_BYTES,
-            store_schema=False,
-            write_page_checksum=True,  # so that `headrace.damage` finds a flipped bit
-        ) as writer:
-            for chunk in chunks:
-                writer.write_table(chunk, row_group_size=ROWS_A_GROUP)
-            entries = {META.decode(): replace(footer, columns=columns_id(rows.schema)).to_json()}
-            ranges = accepted if isinstance(accepted, Ranges) or accepted is None else Ranges.of(accepted)
-            if ranges is not None and ranges.count:
-                entries[ACCEPTED.decode()] = ranges.encode().decode()
-            writer.add_key_value_metadata(entries)
-        sink.flush()
-        reached(f"{operation}.1.temporary-written")
-        os.fsync(sink.fileno())
-    reached(f"{operation}.2.temporary-fsynced")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    # Without Arrow's own schema entry the footer has ours alone; the types survive, being Parquet's.
+    with pq.ParquetWriter(
+        sink,
+        rows.schema,
+        compression="zstd",
+        dictionary_pagesize_limit=DICTIONARY_BYTES,
+        store_schema=False,
+        write_page_checksum=True,  # so that `headrace.damage` finds a flipped bit
+    ) as writer:
+        for chunk in chunks:
+            writer.write_table(chunk, row_group_size=ROWS_A_GROUP)
+        entries = {META.decode(): replace(footer, columns=columns_id(rows.schema)).to_json()}
+        ranges = accepted if isinstance(accepted, Ranges) or accepted is None else Ranges.of(accepted)
+        if ranges is not None and ranges.count:
+            entries[ACCEPTED.decode()] = ranges.encode().decode()
+        writer.add_key_value_metadata(entries)

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 from headrace.chains import StreamEnd, StreamLedger
 from headrace.errors import LostRaceError, TerminalError
+from headrace.place import stat_of
 from streaming.batches import Batch, Fetched, Gathering
 from streaming.health import OFFLINE, ONLINE, Health
 from streaming.settings import StreamSettings
@@ -391,9 +392,9 @@ class Lane:
                 patience_s = self._settings.append_seconds
 
     async def _append(self, batch: Batch) -> None:
-        path = None
+        size = 0
         if batch.next > batch.first:
-            path = await self._insist(
+            size = await self._insist(
                 "offline", self._timed("offline", partial(self._commit, batch), batch.table.num_rows)
             )
         self.end = batch.next
@@ -404,7 +405,7 @@ class Lane:
         self._outstanding -= batch.size
         health = self._health
         health.rows.labels(self._name).inc(batch.table.num_rows)
-        health.bytes.labels(self._name).inc(path.stat().st_size if path is not None else 0)
+        health.bytes.labels(self._name).inc(size)
         health.succeeded(self._name, OFFLINE, batch.produced_ms)
         self._log.debug(
             "%s: appended [%d, %d): %d rows, %d rejected, %d skipped",
@@ -416,11 +417,12 @@ class Lane:
             batch.skipped,
         )
 
-    def _commit(self, batch: Batch) -> Any:
+    def _commit(self, batch: Batch) -> int:
+        """Append, and return how many bytes that took."""
         present = self._stores.topic_id(self.partition.topic, batch.fetched_s)
         if present is not None and self._topic_id is not None and present != self._topic_id:
             raise TopicReplacedError(replaced(self.partition.topic, self._topic_id, present))
-        return self._ledger.append(
+        path = self._ledger.append(
             self.epoch,
             batch.first,
             batch.next,
@@ -432,6 +434,10 @@ class Lane:
             servers=batch.servers,
             transform_hash=self.view.transform.hash if self.view.transform is not None else None,
         )
+        try:
+            return stat_of(path).size
+        except FileNotFoundError:  # merged and removed meanwhile
+            return 0
 
     def _timed(self, step: str, work: Callable[[], Result], rows: int) -> Callable[[], Awaitable[Result]]:
         thread = self._steps.pools.of_step(step)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from feast import FeatureStore
 from headrace.encode import Origin, stream_tails
 from headrace.materialize import apply_newest
 from headrace.online import server_ids, write_online
+from headrace.place import File
 from headrace.repository import open_store
 from streaming.batches import Batch
 from streaming.broker import Broker, client_config
@@ -38,7 +38,7 @@ class Stores(Protocol):
     def server_ids(self) -> tuple[str, ...]:
         """The ids of the online servers, at most `SERVERS_AGE_S` old."""
 
-    def apply_recent(self, view: View, paths: Sequence[Path]) -> int:
+    def apply_recent(self, view: View, paths: Sequence[File]) -> int:
         """Write online what some segments hold, newest wins; how many keys were written."""
 
     def topic_id(self, topic: str, not_before_s: float) -> str | None:
@@ -136,7 +136,7 @@ class RealStores:
             self._servers = now_s, server_ids(self._store())
         return self._servers[1]
 
-    def apply_recent(self, view: View, paths: Sequence[Path]) -> int:
+    def apply_recent(self, view: View, paths: Sequence[File]) -> int:
         """See `Stores`."""
         return apply_newest(self._store(), view.contract, paths)[1]
 

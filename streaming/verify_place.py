@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,10 @@ from feast.types import Array, Bool, Float32, Float64, Int32, Int64, String
 
 from headrace.contract import directory_of
 from headrace.errors import ConfigError, TransientError
+from headrace.objects import ObjectPath
+from headrace.offline import is_parquet
 from headrace.online import online_store
+from headrace.place import File, clear, is_within
 from headrace.redis import HeadraceRedisOnlineStore
 from headrace.repository import open_store
 from headrace.sqlite import HeadraceSqliteOnlineStore
@@ -59,7 +61,7 @@ class Place:
 
     project: str
     home: Path
-    offline: Path
+    offline: File
     group: str
     online: str
     online_file: Path | None
@@ -141,7 +143,7 @@ def refuse(place: Place, config: StreamConfig, broker: Broker) -> list[str]:
         raise ConfigError(msg)
     groups = broker.groups()
     of_views = {name for topic in config.views for name in (topic, topic_of(topic))}
-    paths = [place.home, place.offline, *([] if place.online_file is None else [place.online_file])]
+    paths: list[File] = [place.home, place.offline, *([] if place.online_file is None else [place.online_file])]
     taken = [f"topic `{name}` exists" for name in (place.topic, place.letters) if name in topics or name in of_views]
     taken += [f"{path} exists" for path in paths if path.exists()]
     if place.group in groups or place.group == config.group:
@@ -206,9 +208,9 @@ def remove(place: Place, config: StreamConfig, *, keep: bool) -> list[str]:
             left.append(f"{what}: {type(error).__name__}: {error}")
     broker.close()
     if not keep:
-        shutil.rmtree(place.offline, ignore_errors=True)
+        clear(place.offline)
         if not left:
-            shutil.rmtree(place.home, ignore_errors=True)
+            clear(place.home)
         left += [f"folder {path}" for path in (place.offline, place.home) if path.exists()]
     return left
 
@@ -234,10 +236,10 @@ def _near(place: Place, store: FeatureStore) -> Iterator[str]:
     """Folders of views that ours lies in, or that lie in ours. Of all views of the registry, served or not."""
     for view in store.list_feature_views():
         source = view.batch_source
-        if not isinstance(source, FileSource) or "://" in source.path:
+        if not is_parquet(source):
             continue
         folder = directory_of(source, store.config)
-        if place.offline.is_relative_to(folder) or folder.is_relative_to(place.offline):
+        if is_within(place.offline, folder) or is_within(folder, place.offline):
             yield f"{place.offline} and the folder of feature view `{view.name}`, {folder}, lie in each other"
 
 
@@ -273,7 +275,13 @@ def _declarations(place: Place, config: StreamConfig) -> list[Any]:
     """One entity and one view, with features of several types, and rules that an event can break."""
     entity = Entity(name=KEY, join_keys=[KEY], value_type=ValueType.INT64)
     times: Any = {"timestamp_field": "happened", "created_timestamp_column": "created"}
-    history = FileSource(name=f"{VIEW}_history", path=str(place.offline), file_format=ParquetFormat(), **times)
+    history = FileSource(
+        name=f"{VIEW}_history",
+        path=str(place.offline),
+        s3_endpoint_override=place.offline.bucket.endpoint if isinstance(place.offline, ObjectPath) else None,
+        file_format=ParquetFormat(),
+        **times,
+    )
     events = KafkaSource(
         name=f"{VIEW}_topic",
         kafka_bootstrap_servers=config.bootstrap,

@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,8 @@ from feast import FeatureStore
 
 from headrace.contract import ViewContract
 from headrace.errors import LedgerError
+from headrace.folder import Folder
+from headrace.place import File, whole
 from headrace.segments import Footer, SegmentName, parse_name, parse_stream_chain, read_accepted, read_footer
 from streaming.broker import Broker, BrokerError, client_config
 from streaming.deadletters import topic_of
@@ -128,7 +129,8 @@ def _judge_ledger(contract: ViewContract, topic: str, sent: Sent, proof: Proof) 
     covered = {partition: np.zeros(end + 1, dtype=np.int64) for partition, end in sent.ends.items()}
     tables: list[pa.Table] = [contract.schema.empty_table()]
     found: list[Places] = [np.empty(0, dtype=np.int64)]
-    for path in sorted(contract.directory.glob("[!.]*")) if contract.directory.is_dir() else []:
+    place = Folder.of(contract).place
+    for path in (place.file(name) for name in sorted(place.names()) if not name.startswith(".")):
         segment = _segment(path, topic, sent, proof)
         if segment is None:
             continue
@@ -156,7 +158,7 @@ def _judge_ledger(contract: ViewContract, topic: str, sent: Sent, proof: Proof) 
     return pa.concat_tables(tables), np.concatenate(found)
 
 
-def _segment(path: Path, topic: str, sent: Sent, proof: Proof) -> tuple[int, int, Footer, Places, pa.Table] | None:
+def _segment(path: File, topic: str, sent: Sent, proof: Proof) -> tuple[int, int, Footer, Places, pa.Table] | None:
     """Partition, first offset, footer, accepted offsets and rows of a segment; None, with a note, if it is none."""
     name = parse_name(path.name)
     chain = parse_stream_chain(name.chain) if isinstance(name, SegmentName) else None
@@ -165,7 +167,7 @@ def _segment(path: Path, topic: str, sent: Sent, proof: Proof) -> tuple[int, int
         proof.note(Fault.WRONG, path.name, f"{path.name}: no worker of this run should have made this file")
         return None
     try:
-        mark, offsets, rows = read_footer(path), read_accepted(path), pq.ParquetFile(path).read()
+        mark, offsets, rows = read_footer(path), read_accepted(path), pq.ParquetFile(whole(path)).read()
         rows = rows.select(sent.rows.schema.names).cast(sent.rows.schema)
     except (LedgerError, OSError, KeyError, ValueError, pa.ArrowException) as error:
         proof.note(Fault.WRONG, path.name, f"{path.name}: cannot be read: {error}")

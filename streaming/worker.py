@@ -19,6 +19,7 @@ from faust.web.views import View as WebView
 
 from headrace.errors import ConfigError, HeadraceError, TransientError
 from headrace.online import server_ids
+from headrace.place import place_of
 from headrace.repository import open_store
 from streaming import commands  # noqa: F401 - registers `emit` and `start` with Faust's command line
 from streaming.broker import Broker
@@ -272,7 +273,7 @@ def check(config: StreamConfig, *, web: bool, host: str, port: int) -> None:
         for view in views:
             folder = view.contract.directory
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                place_of(folder).prepare()
             except OSError as error:
                 msg = f"feature view `{view.contract.name}`: its folder {folder} cannot be made: {error.strerror}"
                 raise ConfigError(msg) from error

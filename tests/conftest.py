@@ -25,6 +25,7 @@ from tests.servers import (  # noqa: E402
     Browser,
     Kafka,
     MockBroker,
+    ObjectStore,
     Proxy,
     UnavailableError,
     Valkey,
@@ -99,6 +100,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the tables."""
     for table in tables(terminalreporter.config):
         terminalreporter.write_line("\n" + table)
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[ObjectStore]:
+    """A real S3 server, shared by the session; make a bucket of your own there. This process may ask it."""
+    try:
+        with ObjectStore() as server, pytest.MonkeyPatch.context() as patch:
+            for name, value in server.credentials().items():
+                patch.setenv(name, value)
+            yield server
+    except UnavailableError as exc:
+        pytest.skip(str(exc))
 
 
 @pytest.fixture(scope="session")

@@ -125,8 +125,8 @@ def test_a_value_changed_in_place_is_different_and_mended(
     host, port = valkey.split(":")
     client = redis.Redis(host, int(port), database)
     key = next(k for k in cast("list[bytes]", client.keys("*test")) if b"\x02\0\0\0\0\0\0\0" in k)
-    fields = cast("dict[bytes, bytes]", client.hgetall(key))  # type: ignore[arg-type]
-    client.hset(key, next(f for f, v in fields.items() if len(f) == 4 and v[:1] == b"\x29"), b"\x29" + b"\0" * 8)  # type: ignore[arg-type]
+    fields = cast("dict[bytes, bytes]", client.hgetall(key))
+    client.hset(key, next(f for f, v in fields.items() if len(f) == 4 and v[:1] == b"\x29"), b"\x29" + b"\0" * 8)
     result = audit(store, contract)
     assert faults_of(result) == {Kind.DIFFERENT: 1}
     assert repair(store, contract).mended == {Kind.DIFFERENT: 1}

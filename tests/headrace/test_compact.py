@@ -54,7 +54,7 @@ def commit(contract: ViewContract, ledger: StreamLedger, first: int, count: int,
     accepted = np.array([n for n in range(first, first + count) if n % 3], dtype=np.int64)
     table = some(contract, *accepted.tolist())
     rejected = count - len(accepted)
-    ledger.append(0, first, first + count, table, accepted=accepted, rejected=rejected, **more)  # type: ignore[arg-type]
+    ledger.append(0, first, first + count, table, accepted=accepted, rejected=rejected, **more)
 
 
 def fill(contract: ViewContract, files: int, size: int = 5) -> StreamLedger:

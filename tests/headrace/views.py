@@ -64,13 +64,16 @@ def view(
     ttl: timedelta = timedelta(0),
     created: bool = True,
     tags: Mapping[str, str] | None = None,
+    path: str | None = None,
+    endpoint: str | None = None,
 ) -> tuple[list[Entity], FeatureView]:
-    """A view on a Kafka topic of its name, its history in `data/<name>`."""
+    """A view on a Kafka topic of its name, its history in `data/<name>`, or behind a URL at an S3 endpoint."""
     keys = keys or {"id": ValueType.INT64}
     entities = [Entity(name=f"{key}_entity", join_keys=[key], value_type=kind) for key, kind in keys.items()]
     source = FileSource(
         name=f"{name}_history",
-        path=f"data/{name}",
+        path=path or f"data/{name}",
+        s3_endpoint_override=endpoint,
         file_format=ParquetFormat(),
         timestamp_field="at",
         created_timestamp_column="made" if created else "",

@@ -16,14 +16,18 @@ from tests.servers.postgres import Postgres
 from tests.servers.process import Server, ServerError, UnavailableError, free_port
 from tests.servers.proxy import Mode, Proxy
 from tests.servers.repository import copy_repository, environment, feast_apply, use_valkey
+from tests.servers.s3 import Fault, FaultyNetwork, ObjectStore
 from tests.servers.valkey import Valkey, ValkeySentinel
 
 __all__ = [
     "Browser",
+    "Fault",
+    "FaultyNetwork",
     "Kafka",
     "KafkaCluster",
     "MockBroker",
     "Mode",
+    "ObjectStore",
     "Postgres",
     "Proxy",
     "Server",

@@ -21,6 +21,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 from headrace.chains import Folder, accepted_offsets, footer
 from headrace.contract import ViewContract
+from headrace.place import readable
 from headrace.repository import contracts, open_store
 
 Origin = tuple[int, int]
@@ -229,7 +230,7 @@ def read_offline(contract: ViewContract, topic: str, epoch: int = 0) -> Offline:
             rejected += mark.rejected
             skipped += mark.skipped
             offsets = accepted_offsets(path).tolist()
-            table = pq.read_table(path)
+            table = pq.read_table(readable(path))
             assert table.num_rows == len(offsets), path
             assert table.column_names == contract.schema.names
             columns = [
@@ -307,5 +308,5 @@ def verify(
         "skipped": len(truth.skipped),
         "letters": len(letters),
         "keys": len(newest),
-        "segments": sum(1 for _ in contract_of(repo).directory.glob("*.parquet")),
+        "segments": len(Folder.of(contract_of(repo)).names()),
     }

@@ -40,7 +40,7 @@ def filled(stream: Stream, log: Path) -> Folder:
 def files(folder: Folder, partition: int) -> list[Path]:
     """The valid files of a partition, in the order of their positions."""
     (chain,) = (chain for name, chain in folder.chains().items() if name.endswith(f"-{partition}-0"))
-    return [folder.path_of(segment) for segment in chain.valid]
+    return [Path(str(folder.path_of(segment))) for segment in chain.valid]
 
 
 def flip(path: Path) -> None:

@@ -63,7 +63,7 @@ def record_runs(stream: Stream) -> None:
     about = {"task_id": "x", "start": now, "end": now, "host": "etl", "pid": 1, "parent_pid": 1, "attempt": 1}
     parameters = {"view": "driver_stats", "date": "2026-01-31"}
     runs = [
-        Run(task="Audit", outcome="done", parameters=parameters, versions={}, **about),  # type: ignore[arg-type]
+        Run(task="Audit", outcome="done", parameters=parameters, versions={}, **about),
         Run(
             task="ExploreAndValidate",
             outcome="failed",
@@ -71,7 +71,7 @@ def record_runs(stream: Stream) -> None:
             report="driver_stats/day=2026-01-31/report.html",
             parameters=parameters,
             versions={},
-            **about,  # type: ignore[arg-type]
+            **about,
         ),
     ]
     for number, run in enumerate(runs):
