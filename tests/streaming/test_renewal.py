@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import Producer
@@ -44,7 +45,7 @@ SERVED_WITHIN_S = 15.0
 
 TIPS = """        Field(
             name="tips",
-            dtype=Float64,
+            dtype=Float32,
             tags={"nullable": "true"},
         ),
 """
@@ -205,7 +206,7 @@ def change(repo: Path, view: str = "driver_stats", **kinds: Any) -> None:
     fields = [field for field in (*former.entity_columns, *former.features) if field.name not in kinds]
     former_features = {field.name: field for field in former.features}
     for name, kind in kinds.items():
-        tags = former_features[name].tags if name in former_features else {"nullable": "true"}
+        tags = former_features[name].tags if name in former_features and kind != String else {"nullable": "true"}
         fields += [] if kind is None else [Field(name=name, dtype=kind, tags=tags)]
     entities = [store.get_entity(entity) for entity in former.entities]
     store.apply([FeatureView(name=view, entities=entities, ttl=former.ttl, schema=fields, source=former.stream_source)])
@@ -268,7 +269,8 @@ def write_history(stream: Stream) -> None:
     for contract in contracts(open_store(stream.repo)):
         for partition in range(4):
             ledger = StreamLedger(contract, stream.topic, partition)
-            ledger.append(0, ledger.end().end, ledger.end().end + 1, None, accepted=[], topic_id=None)  # type: ignore[arg-type]
+            none = np.empty(0, dtype=np.int64)
+            ledger.append(0, ledger.end().end, ledger.end().end + 1, None, accepted=none)
 
 
 def test_a_view_waits_for_its_apply_to_end(make_stream: StreamFactory, monkeypatch: pytest.MonkeyPatch) -> None:
