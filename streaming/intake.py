@@ -301,7 +301,9 @@ class StreamIntake:
             self._health.renewals.labels(name).inc()
             logger.info("`%s` changed in the registry, and goes on as it is declared now", name, extra={"view": name})
         for name, reason in refused.items():
-            self._stop(str(former[name].contract.topic), former[name], reason)
+            topic = str(former[name].contract.topic)
+            self._stopped.pop((topic, name), None)  # the reason may be another now
+            self._stop(topic, former[name], reason)
         self._tell_objectives()
 
     def _steps_of(self, view: View, pools: Pools, share: LetterShare) -> ViewSteps:
