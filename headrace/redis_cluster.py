@@ -18,6 +18,7 @@ from typing import Any, Self
 from redis import asyncio as redis_asyncio
 from redis import exceptions
 from redis.cluster import ClusterNode, RedisCluster
+from redis.crc import key_slot
 from redis.exceptions import AskError, MovedError, NoScriptError
 
 from headrace.redis_replicas import NotAcknowledgedError, acknowledge, answer, ask, connection_of, history_of
@@ -36,7 +37,7 @@ class Cluster(RedisCluster):
 
     def get_node(self, host: Any = None, port: Any = None, node_name: Any = None) -> Any:
         """Of redis-py, which knows only servers that have slots, and fails on None."""
-        node = super().get_node(host, port, node_name)
+        node = super().get_node(host, port, node_name)  # type: ignore[no-untyped-call]
         if node is None and node_name is not None:
             name, _, number = node_name.rpartition(":")
             # Until it is asked again who has which slot: then it is there, or its connections are closed.
@@ -46,6 +47,10 @@ class Cluster(RedisCluster):
     def primary_of(self, slot: int) -> ClusterNode:
         """Who has a slot, as far as is known."""
         return self.nodes_manager.get_node_from_slot(slot)
+
+    def primaries(self) -> list[ClusterNode]:
+        """Those that have slots, as far as is known."""
+        return list(self.get_primaries())  # type: ignore[no-untyped-call]
 
     def look_again(self, lost: Sequence[ClusterNode] = ()) -> None:
         """Ask who has which slot; those that were lost last.
@@ -138,7 +143,7 @@ def call_each(
         RedisError, RedisClusterException: a server failed twice, or answered one call with an error; others are done.
     """
     name = hashlib.sha1(script.encode()).hexdigest()  # noqa: S324 - so it is called
-    slots = [client.keyslot(key) for key in keys]
+    slots = [key_slot(key) for key in keys]
     replies: list[Any] = [None] * len(keys)
     asked: dict[int, ClusterNode] = {}
     waiting: Sequence[int] = range(len(keys))
@@ -304,7 +309,7 @@ class _Holding:
 
 def _holdings(client: Cluster) -> dict[ClusterNode, _Holding]:
     """What each server says of itself, also one that has no slot yet."""
-    lines = {node: _nodes(client, node) for node in client.get_primaries()}
+    lines = {node: _nodes(client, node) for node in client.primaries()}
     newcomers = {address for nodes in lines.values() for address in _without_slots(nodes)}
     for server in (client.get_node(node_name=address) for address in sorted(newcomers)):
         lines.setdefault(server, _nodes(client, server))

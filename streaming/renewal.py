@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import logging
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from feast import KafkaSource
+from feast import FeatureStore, KafkaSource
+from feast.infra.registry.sql import SqlRegistry, feature_views
+from sqlalchemy import select
 
 from headrace.contract import ViewContract, load_transform
 from headrace.errors import ConfigError, HeadraceError
@@ -37,6 +40,20 @@ class Declared:
     views: Mapping[str, View]
     refused: Mapping[str, str]
     waiting: tuple[str, ...]
+
+
+def fingerprint(store: FeatureStore) -> str | None:
+    """Of all views of a registry, without decoding them, which would be nearly all of the work; None where it has no such thing."""
+    registry = store.registry
+    if not isinstance(registry, SqlRegistry):
+        return None
+    columns = feature_views.c.feature_view_name, feature_views.c.feature_view_proto
+    with registry.read_engine.connect() as connection:
+        rows = connection.execute(select(*columns).where(feature_views.c.project_id == store.project)).all()
+    digest = hashlib.blake2b()
+    for name, proto in sorted((str(name), bytes(proto)) for name, proto in rows):
+        digest.update(b"%d %s %d " % (len(name), name.encode(), len(proto)) + proto)
+    return digest.hexdigest()
 
 
 def declared(config: StreamConfig, served: Mapping[str, View]) -> Declared:
@@ -152,6 +169,7 @@ class Renewal:
         self._health = health
         self._serving = serving
         self._thread = Thread("headrace-registry")  # a registry that hangs holds up nothing else
+        self._known: tuple[str | None, dict[str, View], Declared] | None = None
         self._refused: Mapping[str, str] = {}
         self._waiting: tuple[str, ...] = ()
         self._error: str | None = None
@@ -167,7 +185,7 @@ class Renewal:
     async def look(self) -> None:
         """Look once, and take over what changed."""
         served = dict(self._serving.views)
-        looking = asyncio.get_running_loop().run_in_executor(self._thread, declared, self._config, served)
+        looking = asyncio.get_running_loop().run_in_executor(self._thread, self._declared, served)
         try:
             now = await looking
         except Exception as error:  # noqa: BLE001 - a registry may fail in any way
@@ -183,6 +201,18 @@ class Renewal:
         if changed or refused:
             await self._serving.renew(changed, refused)
         self._refused = now.refused
+
+    def _declared(self, served: dict[str, View]) -> Declared:
+        """What the registry says, read only if it says something else than last time. Of the thread."""
+        mark = fingerprint(self._config.store)
+        if self._known is not None and mark is not None:
+            last_mark, last_served, last = self._known
+            is_same = last_served.keys() == served.keys() and all(served[name] is last_served[name] for name in served)
+            if is_same and last_mark == mark and not last.waiting:
+                return last
+        now = declared(self._config, served)
+        self._known = mark, served, now
+        return now
 
     def faults(self) -> list[Fault]:
         """What is declared and not served."""

@@ -232,7 +232,7 @@ def create_app() -> HeadraceApp:
         if not app.should_stop:
             app.fail(RuntimeError("Faust ended the stream of events; start the worker again"))
 
-    @app.task
+    @app.task  # type: ignore[untyped-decorator]
     async def watch_registry() -> None:
         """What the registry says of the views while the worker runs."""
         await app.renewal.watch()
