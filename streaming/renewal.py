@@ -43,7 +43,7 @@ class Declared:
 
 
 def fingerprint(store: FeatureStore) -> str | None:
-    """Of all views of a registry, without decoding them, which would be nearly all of the work; None where it has no such thing."""
+    """Of all views of an SQL registry, not decoded, which would be nearly all of the work; None of another one."""
     registry = store.registry
     if not isinstance(registry, SqlRegistry):
         return None
