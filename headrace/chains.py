@@ -14,17 +14,19 @@ from enum import StrEnum
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from headrace.contract import ViewContract
 from headrace.days import content_hash, day_files, replace_day
 from headrace.errors import ChainClosedError, LedgerError, LostRaceError
 from headrace.faults import reached
 from headrace.folder import Chain, DayFile, Folder, Tip, derive
-from headrace.place import File, stat_now, stat_of, told
+from headrace.place import File, readable, stat_now, stat_of, told
 from headrace.segments import (
     Footer,
     Offsets,
     SegmentName,
+    columns_id,
     create,
     new_append_id,
     parse_stream_chain,
@@ -210,6 +212,17 @@ class StreamLedger:
             self._mark_before(epoch + 1, start, topic_id)
             return StreamEnd(epoch + 1, start, exists=True, closed=False, topic_id=topic_id, servers=())
         return StreamEnd(epoch, tip.end, True, newest.mark == "closed", newest.topic_id, newest.servers)
+
+    def other_schema(self, epoch: int) -> pa.Schema | None:
+        """The schema of the newest file of an epoch, if it is not the contract's; None also where there is no file."""
+
+        def read() -> pa.Schema | None:
+            tip = self._folder.tip(self._name(epoch))
+            if tip.last is None or tip.footer is None or tip.footer.columns == columns_id(self._contract.schema):
+                return None
+            return pq.read_schema(readable(self._folder.path_of(tip.last)))
+
+        return self._folder.settled(read)
 
     def epochs(self) -> Mapping[str | None, int]:
         """The epoch of each topic id that the partition's chains name; a broker without ids is None."""

@@ -109,6 +109,12 @@ class NewestWinsStore(Protocol):
     def server_ids(self, config: RepoConfig) -> tuple[str, ...]:
         """Ids of the servers that hold the values; they change when a server may have forgotten."""
 
+    def is_applied(self, config: RepoConfig, view: FeatureView) -> bool:
+        """Whether the store has taken over the features of a view as it is declared, as `feast apply` has it do last.
+
+        Before that it may still be emptying those that are new.
+        """
+
     def read_mark(self, config: RepoConfig, view: FeatureView) -> Mark | None:
         """The mark of a view as last swapped; None where there is none."""
 
@@ -152,6 +158,17 @@ def server_ids(store: FeatureStore) -> tuple[str, ...]:
     """Ids of the online servers; none for stores that are not ours."""
     target = online_store(store)
     return target.server_ids(store.config) if isinstance(target, NewestWinsStore) else ()
+
+
+def is_applied(store: FeatureStore, contract: ViewContract) -> bool:
+    """See `NewestWinsStore`; other stores have nothing to take over."""
+    target = online_store(store)
+    return not isinstance(target, NewestWinsStore) or target.is_applied(store.config, contract.feature_view)
+
+
+def has_features(known: Mapping[str, str | None], view: FeatureView) -> bool:
+    """Whether the types that a store remembers, if it does, are those of a view's features."""
+    return not known or all(known.get(name) == kind for name, kind in feature_types(view).items())
 
 
 def encode_feast_rows(config: RepoConfig, view: FeatureView, data: Sequence[FeastRow]) -> EncodedRows:

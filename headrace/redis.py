@@ -11,12 +11,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal, TypeVar
@@ -34,6 +33,8 @@ from feast.infra.online_stores.redis import (
 )
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import NonNegativeInt, field_validator
+from redis.asyncio.cluster import ClusterNode as AsyncClusterNode
+from redis.cluster import ClusterNode
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
 from headrace import redis_scripts as scripts
@@ -41,7 +42,18 @@ from headrace import registry as _registry  # noqa: F401 - resolves relative reg
 from headrace.encode import ORDER_BYTES, EncodedRows, Int64s, encode_timestamps, is_older
 from headrace.errors import TransientError
 from headrace.faults import reached
-from headrace.online import FeastRow, Mark, StoredRows, encode_feast_rows, event_times, feature_types, stock_order
+from headrace.online import (
+    FeastRow,
+    Mark,
+    StoredRows,
+    encode_feast_rows,
+    event_times,
+    feature_types,
+    has_features,
+    stock_order,
+)
+from headrace.redis_cluster import TIME_LIMITS, Answers, AsyncCluster, Cluster, acknowledged_by_all, call_each, scan
+from headrace.redis_replicas import acknowledged, ask, connection_of
 from headrace.resp import as_bytes, commands
 from headrace.secret_files import filled
 from headrace.values import BINARY, joined, to_list
@@ -52,14 +64,8 @@ _ROWS_A_BLOCK, _BYTES_A_BLOCK = 5_000, 16_000_000  # are packed at once
 _ARGUMENTS_A_CALL = 4_000
 _BYTES_A_CALL = 1_000_000
 _KEYS_A_SCAN = 2_000
-_ACKNOWLEDGED_WITHIN_S = 2.0
-_NO_FIELD = b"_hr"  # no view has it
 
 Result = TypeVar("Result")
-
-
-class NotAcknowledgedError(RedisError):
-    """Fewer replicas than `replicas_to_wait` have what was written, or it is not known. Cause of a `TransientError`."""
 
 
 class HeadraceRedisOnlineStoreConfig(RedisOnlineStoreConfig):
@@ -135,9 +141,9 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         replicas = config.online_store.replicas_to_wait
         with _naming(config, view):
             client = self._get_client(config.online_store)
-            if config.online_store.redis_type == RedisType.redis_cluster:
-                with _acknowledged_by_cluster(client, hashes, replicas):
-                    return sum(self._run(config, view, scripts.WRITE, features, hashes, columns))
+            if isinstance(client, Cluster):
+                with acknowledged_by_all(client, replicas) as answers:
+                    return sum(self._run(config, view, scripts.WRITE, features, hashes, columns, answers=answers))
             head = self._head(config, view, features)
             blocks = _chunks(_sizes(len(rows), columns), _ROWS_A_BLOCK, _BYTES_A_BLOCK)
             return sum(
@@ -185,13 +191,22 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         return [bool(done) for reply in replies for done in reply]
 
     def server_ids(self, config: RepoConfig) -> tuple[str, ...]:
-        """The run id of every master: a restarted or promoted server has another."""
+        """The id of every master's replication history: a restarted or promoted server has another.
+
+        Also a server that was a master once and does not say so tells the history of the one that took its place.
+        """
         with _naming(config):
             client = self._get_client(config.online_store)
-            if config.online_store.redis_type == RedisType.redis_cluster:
-                infos = client.info("server", target_nodes="primaries")
-                return tuple(sorted(str(info["run_id"]) for info in infos.values()))
-            return (str(client.info("server")["run_id"]),)
+            is_cluster = isinstance(client, Cluster)
+            infos = client.info(target_nodes="primaries").values() if is_cluster else [client.info()]
+            return tuple(sorted({str(info.get("master_replid") or info["run_id"]) for info in infos}))
+
+    def is_applied(self, config: RepoConfig, view: FeatureView) -> bool:
+        """See `NewestWinsStore`."""
+        if not config.online_store.full_scan_for_deletion:
+            return True
+        with _naming(config, view):
+            return has_features(self._known_types(config, view), view)
 
     def read_mark(self, config: RepoConfig, view: FeatureView) -> Mark | None:
         """See `NewestWinsStore`."""
@@ -201,10 +216,15 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
 
     def swap_mark(self, config: RepoConfig, view: FeatureView, seen: Mark | None, mark: Mark) -> bool:
         """See `NewestWinsStore`."""
-        before = "" if seen is None else _text(seen)
+        arguments = ["" if seen is None else _text(seen), _text(mark)]
+        key = _own_key("mark", config, view).encode()
         with _naming(config, view):
-            script = self._get_client(config.online_store).register_script(scripts.SWAP)
-            return bool(script(keys=[_own_key("mark", config, view)], args=[before, _text(mark)]))
+            client = self._get_client(config.online_store)
+            if isinstance(client, Cluster):
+                (is_done,) = call_each(client, scripts.SWAP, [key], [arguments], Answers(client, 0))
+            else:
+                is_done = client.register_script(scripts.SWAP)(keys=[key], args=arguments)
+            return bool(is_done)
 
     def update(
         self,
@@ -223,6 +243,22 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         for view in tables_to_keep:
             with _naming(config, view):
                 self._take_types(config, view)
+
+    def _get_client(self, online_store_config: Any) -> Any:
+        """Of Feast, with our client where it is a cluster."""
+        if not self._client and online_store_config.redis_type == RedisType.redis_cluster:
+            nodes, options = self._parse_connection_string(online_store_config.connection_string)
+            options["startup_nodes"] = [ClusterNode(**node) for node in nodes]
+            self._client = Cluster(**(TIME_LIMITS | options))
+        return super()._get_client(online_store_config)
+
+    async def _get_client_async(self, online_store_config: Any) -> Any:
+        """The same."""
+        if not self._client_async and online_store_config.redis_type == RedisType.redis_cluster:
+            nodes, options = self._parse_connection_string(online_store_config.connection_string)
+            options["startup_nodes"] = [AsyncClusterNode(**node) for node in nodes]
+            self._client_async = AsyncCluster(**(TIME_LIMITS | options))
+        return await super()._get_client_async(online_store_config)
 
     def _take_types(self, config: RepoConfig, view: FeatureView) -> None:
         """Empty the features that are new or of another type, and remember the types."""
@@ -261,7 +297,9 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", prefix) + b"*"
         chunk: list[bytes] = []
         with _naming(config, view):
-            for key in client.scan_iter(pattern, count=_KEYS_A_SCAN):
+            is_cluster = isinstance(client, Cluster)
+            found = scan(client, pattern, _KEYS_A_SCAN) if is_cluster else client.scan_iter(pattern, count=_KEYS_A_SCAN)
+            for key in found:
                 if _is_of_project(key, len(prefix), len(join_keys), project):
                     chunk.append(key)
                 if len(chunk) == _KEYS_A_SCAN:
@@ -279,6 +317,7 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         keys: Sequence[bytes],
         columns: Sequence[pa.Array] = (),
         width: int = 1,
+        answers: Answers | None = None,
     ) -> Iterator[Any]:
         """Call a script on these keys, in chunks; yields the replies.
 
@@ -286,15 +325,20 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
             features: whose fields the script is given.
             columns: what the script is given for each key, aligned with the keys; `large_binary`.
             width: how many values a key has in the reply.
+            answers: of a cluster, notes who answered; None: nobody is waited for.
         """
-        is_cluster = config.online_store.redis_type == RedisType.redis_cluster
-        call = _call_each if is_cluster else _call_chunk
         with _naming(config, view):
             client, head = self._get_client(config.online_store), self._head(config, view, features)
-            chunks = _calls(_sizes(len(keys), columns), max(len(columns), width))
-            for replies in _at_once(
-                lambda one: call(client, script, head, keys[one], [column[one] for column in columns]), chunks
-            ):
+            noted = answers or Answers(client, 0)
+
+            def call(one: slice) -> list[Any]:
+                of_rows = [column[one] for column in columns]
+                if not isinstance(client, Cluster):
+                    return [client.register_script(script)(keys=keys[one], args=_arguments(head, of_rows))]
+                rows = zip(*map(to_list, of_rows), strict=True) if of_rows else [()] * len(keys[one])
+                return call_each(client, script, keys[one], [(*head, *row) for row in rows], noted)
+
+            for replies in _at_once(call, _calls(_sizes(len(keys), columns), max(len(columns), width))):
                 yield from replies
 
     def _head(self, config: RepoConfig, view: FeatureView, features: Sequence[str]) -> list[bytes]:
@@ -328,7 +372,7 @@ def _write_block(
     """
     packed, written = _PackedWrites.of(head, keys, columns), 0
     chunks = list(_calls(_sizes(len(keys), columns), len(columns), _KEYS_A_TRANSACTION))
-    with _connection(client) as connection, _acknowledged(connection, keys[0], replicas):
+    with connection_of(client) as connection, acknowledged(connection, keys[0], replicas):
         transactions = _Transactions(connection, packed, keys, columns[0])
         for chunk, following in zip_longest(chunks, chunks[1:]):
             done = transactions.write(chunk, following)
@@ -469,135 +513,19 @@ def _fate(stored: Sequence[bytes | None], order: bytes) -> tuple[bool, bool]:
     return not is_older(order, has), is_older(has, order)
 
 
-@contextmanager
-def _connection(client: Any) -> Iterator[Any]:
-    """A connection of a client's own; closed where it is left in the midst of a reply."""
-    pool = client.connection_pool
-    connection = pool.get_connection()
-    try:
-        yield connection
-    except BaseException:
-        connection.disconnect()
-        raise
-    finally:
-        pool.release(connection)
-
-
-@contextmanager
-def _acknowledged(connection: Any, key: bytes, replicas: int) -> Iterator[None]:
-    """At the end so many replicas of the server have all that it had done until then, for whichever client.
-
-    `WAIT` alone is about what its own connection wrote: nothing, where all rows were turned away by newer ones, and
-    whether anybody waits for those is not known. So it follows a write that changes nothing, and since replicas take
-    all writes in one order, who has that one has those before it.
-
-    Args:
-        connection: to the server that is written to meanwhile, over this connection or others.
-        key: one that the server is responsible for; it is touched.
-
-    Raises:
-        NotAcknowledgedError: too few have it in time; or the connection leads to another server now, or to one that
-            was a replica in between: it may have lost what was written first.
-    """
-    if not replicas:
-        yield
-        return
-    history = ("INFO", "replication")
-    before = _history_id(_ask(connection, *history))
-    yield
-    timeout_s = min(_ACKNOWLEDGED_WITHIN_S, (connection.socket_timeout or math.inf) / 2)
-    write = ("MULTI",), ("HSET", key, _NO_FIELD, b""), ("HDEL", key, _NO_FIELD), ("EXEC",)
-    asked = [*write, ("WAIT", replicas, max(1, int(timeout_s * 1000))), history]
-    connection.send_packed_command(connection.pack_commands(asked))
-    *_, written, count, after = [connection.read_response() for _ in asked]
-    for reply in written:
-        if isinstance(reply, Exception):
-            raise reply
-    server = f"{connection.host}:{connection.port}"
-    if _history_id(after) != before:
-        msg = f"{server} is not the primary that was written to first: there was a failover or a restart"
-        raise NotAcknowledgedError(msg)
-    if count < replicas:
-        msg = (
-            f"{count} of {replicas} replicas of {server} acknowledged within {timeout_s:g} s what was written; connect "
-            "the missing ones, or lower `replicas_to_wait` in feature_store.yaml"
-        )
-        raise NotAcknowledgedError(msg)
-
-
-@contextmanager
-def _acknowledged_by_cluster(client: Any, keys: Sequence[bytes], replicas: int) -> Iterator[None]:
-    """The same of each server that is responsible for some of these keys."""
-    if not replicas:
-        yield
-        return
-    nodes = [client.get_node_from_key(key) for key in keys]
-    with ExitStack() as stack:
-        for node, key in dict(zip(nodes, keys, strict=True)).items():
-            connection = stack.enter_context(_connection(client.get_redis_connection(node)))
-            stack.enter_context(_acknowledged(connection, key, replicas))
-        yield
-        if [client.get_node_from_key(key) for key in keys] != nodes:
-            raise NotAcknowledgedError("slots went to other servers meanwhile")
-
-
-def _history_id(info: bytes) -> bytes:
-    """Of a server's replication history: another after each start and each promotion."""
-    found = re.search(rb"^master_replid:(\w+)", info, re.MULTILINE)
-    if found is None:
-        raise NotAcknowledgedError("the server does not tell its `master_replid`, and so not whether it was replaced")
-    return found[1]
-
-
-def _call_chunk(
-    client: Any, script: str, head: Sequence[Any], keys: Sequence[bytes], columns: Sequence[pa.Array]
-) -> list[Any]:
-    """One call for all keys. The script is loaded where the server does not have it."""
-    return [client.register_script(script)(keys=keys, args=_arguments(head, columns))]
-
-
 def _call_over(connection: Any, script: str, keys: Sequence[bytes], arguments: Sequence[Any]) -> Any:
-    """The same over a connection of one's own."""
+    """One call for all keys, over a connection of one's own. The script is loaded where the server does not have it."""
     call = ("EVALSHA", hashlib.sha1(script.encode()).hexdigest(), len(keys), *keys, *arguments)  # noqa: S324 - its name
     try:
-        return _ask(connection, *call)
+        return ask(connection, *call)
     except NoScriptError:
-        _ask(connection, "SCRIPT LOAD", script)
-        return _ask(connection, *call)
-
-
-def _ask(connection: Any, *command: Any) -> Any:
-    connection.send_command(*command)
-    return connection.read_response()
+        ask(connection, "SCRIPT LOAD", script)
+        return ask(connection, *call)
 
 
 def _arguments(head: Sequence[Any], columns: Sequence[pa.Array]) -> list[Any]:
     """Of a script: what is the same for all keys, then row by row."""
     return [*head, *(value for row in zip(*map(to_list, columns), strict=True) for value in row)]
-
-
-def _call_each(
-    client: Any, script: str, head: Sequence[Any], keys: Sequence[bytes], columns: Sequence[pa.Array]
-) -> list[Any]:
-    """A call a key, pipelined. Only those that found no script are called again, once it is loaded everywhere."""
-    rows = list(zip(*map(to_list, columns), strict=True)) if columns else [()] * len(keys)
-    sha = client.register_script(script).sha
-    replies: list[Any] = [None] * len(keys)
-    waiting: Sequence[int] = range(len(keys))
-    for is_last in (False, True):
-        pipeline = client.pipeline(transaction=False)
-        for i in waiting:
-            pipeline.execute_command("EVALSHA", sha, 1, keys[i], *head, *rows[i])
-        for i, reply in zip(waiting, pipeline.execute(raise_on_error=False), strict=True):
-            replies[i] = reply
-        waiting = [i for i in waiting if isinstance(replies[i], NoScriptError)]
-        if not waiting or is_last:
-            break
-        client.execute_command("SCRIPT LOAD", script, target_nodes="primaries")
-    for reply in replies:
-        if isinstance(reply, Exception):
-            raise reply
-    return replies
 
 
 def _names(fields: bytes) -> list[bytes]:

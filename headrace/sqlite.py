@@ -28,7 +28,16 @@ from feast.protos.feast.types.Value_pb2 import Value as ValueProto
 from headrace import registry as _registry  # noqa: F401 - resolves relative registries
 from headrace.encode import EncodedRows, is_older
 from headrace.errors import ConfigError, TransientError
-from headrace.online import FeastRow, Mark, StoredRows, encode_feast_rows, event_times, feature_types, stock_order
+from headrace.online import (
+    FeastRow,
+    Mark,
+    StoredRows,
+    encode_feast_rows,
+    event_times,
+    feature_types,
+    has_features,
+    stock_order,
+)
 from headrace.values import to_list
 
 _LOCK_TIMEOUT_S = 30.0
@@ -170,6 +179,11 @@ class HeadraceSqliteOnlineStore(SqliteOnlineStore):
         self._get_conn(config)
         stat = Path(self._get_db_path(config)).stat()
         return (f"sqlite:{stat.st_dev:x}:{stat.st_ino:x}",)
+
+    def is_applied(self, config: RepoConfig, view: FeatureView) -> bool:
+        """See `NewestWinsStore`."""
+        with self._connection(config) as connection:
+            return has_features(_Table.of(config, view).known_types(connection), view)
 
     def read_mark(self, config: RepoConfig, view: FeatureView) -> Mark | None:
         """See `NewestWinsStore`."""
@@ -375,7 +389,7 @@ class _Table:
 
     def take_types(self, connection: sqlite3.Connection, types: dict[str, str]) -> None:
         """Remember the types of the features; those that are new or other than remembered lose their values."""
-        known = self._known_types(connection)
+        known = self.known_types(connection)
         for feature, kind in types.items():
             if known and known.get(feature) != kind:
                 connection.execute(
@@ -384,7 +398,7 @@ class _Table:
         text = json.dumps(dict.fromkeys(known) | types)
         connection.execute(f"REPLACE INTO {_TYPES} (view, types) VALUES (?, ?)", (self.name, text))
 
-    def _known_types(self, connection: sqlite3.Connection) -> dict[str, str | None]:
+    def known_types(self, connection: sqlite3.Connection) -> dict[str, str | None]:
         """The type of every feature that the view has had, as last applied; None: it has it no more."""
         row = connection.execute(f"SELECT types FROM {_TYPES} WHERE view = ?", (self.name,)).fetchone()
         return {} if row is None else json.loads(row[0])
@@ -402,7 +416,7 @@ class _Table:
         self, connection: sqlite3.Connection, present: Mapping[str, Any], keys: Sequence[bytes]
     ) -> None:
         """Remove what these keys hold of features that the view has had and that are not present any more."""
-        for feature in self._known_types(connection).keys() - present.keys():
+        for feature in self.known_types(connection).keys() - present.keys():
             connection.executemany(
                 f"DELETE FROM {self.values} WHERE entity_key = ? AND feature_name = {_literal(feature)}",
                 ((key,) for key in keys),

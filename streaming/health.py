@@ -48,6 +48,7 @@ class Kind(StrEnum):
     VIEW_LEFT_OUT = "view_left_out"
     VIEW_BEHIND = "view_behind"
     DEAD_LETTERS = "dead_letters"
+    RESTART = "restart"
 
 
 class Fault(NamedTuple):
@@ -183,6 +184,13 @@ class Health:
         self.bytes = self._counter("headrace_offline_appended_bytes", "Bytes of the segments appended.", view)
         self.resyncs = self._counter(
             "headrace_partition_resyncs", "Times a partition went back to its ledger.", ["topic"]
+        )
+        self.renewals = self._counter("headrace_view_renewals", "Changes of a view that were taken over.", view)
+        self.registry_failures = Counter(
+            "headrace_registry_failures", "Looks at the registry that failed.", registry=self.registry
+        )
+        self.registry_read = Gauge(
+            "headrace_registry_read_timestamp_seconds", "When the registry was last read.", registry=self.registry
         )
         self.rebalances = Counter("headrace_rebalances", "Rebalances of the group.", registry=self.registry)
         self.retries = self._counter("headrace_step_retries", "Failed tries of a step.", [*view, "step"])

@@ -29,6 +29,7 @@ from headrace.errors import (
     LostRaceError,
     TransientError,
 )
+from headrace.evolution import conflict
 from streaming.broker import Broker, Log
 from streaming.formats import decoder_of
 from streaming.health import OFFLINE, ONLINE, Fault, Health, Kind
@@ -115,6 +116,7 @@ class StreamIntake:
 
     def __init__(self, config: StreamConfig, health: Health, on_fatal: Callable[[BaseException], None]) -> None:
         self._config = config
+        self._views = dict(config.views)
         self._settings = config.settings
         self._health = health
         self._on_fatal = on_fatal
@@ -124,23 +126,15 @@ class StreamIntake:
         self._looks = ThreadPoolExecutor(4, "headrace-looks")
         self._budget: Budget | None = None
         self._generation: int | None = None
+        self._partitions: set[TopicPartition] = set()
         self._assignment = 0
         self._ending = asyncio.Lock()
         self._runs: dict[TopicPartition, Run] = {}
         self._committed: dict[TopicPartition, int] = {}
-        served = [view for views in config.views.values() for view in views]
-        pools = Pools.of(view.contract.name for view in served)
+        served = self.views
+        pools = Pools.of(served)
         self._steps = {
-            view.contract.name: ViewSteps(
-                view,
-                decoder_of(view.contract, schema_registry(config.settings)),  # whose connection is of one thread
-                self._stores,
-                pools[view.contract.name],
-                health,
-                config.settings,
-                LetterShare(view.contract.name, config.settings),
-            )
-            for view in served
+            name: self._steps_of(view, pools[name], LetterShare(name, config.settings)) for name, view in served.items()
         }
         self._stopped: dict[tuple[str, str], str] = {}
         self._passing: set[tuple[str, str]] = set()
@@ -150,11 +144,12 @@ class StreamIntake:
         health.gauges.waiting = self._waiting
         health.gauges.in_flight = lambda: (self._room.used, self._room.limit)
         health.gauges.assigned = lambda: len(self._runs)
-        health.gauges.objectives = {
-            (view.contract.name, store): within_s
-            for view in served
-            for store, within_s in view.contract.objectives.of_stores().items()
-        }
+        self._tell_objectives()
+
+    @property
+    def views(self) -> dict[str, View]:
+        """The views that are served, as they are declared now, by name."""
+        return {view.contract.name: view for views in self._views.values() for view in views}
 
     @property
     def broker(self) -> Broker:
@@ -180,7 +175,7 @@ class StreamIntake:
         assignment = await self._end_assignment()
         if assignment != self._assignment:
             return {}
-        self._generation = generation
+        self._generation, self._partitions = generation, partitions
         starts = await asyncio.gather(*(self._begin_in_time(partition, assignment) for partition in sorted(partitions)))
         found = dict(zip(sorted(partitions), starts, strict=True))
         if assignment == self._assignment and found.keys() == self._runs.keys():
@@ -195,6 +190,24 @@ class StreamIntake:
     async def release(self) -> None:
         """See `Intake`."""
         await self._end_assignment()
+
+    async def renew(self, changed: Mapping[str, View], refused: Mapping[str, str]) -> None:
+        """Take over changed views, and leave out those that cannot go on, as their declarations are now.
+
+        What was taken is appended as at the end of an assignment, and the same partitions begin again from the ledgers.
+
+        Args:
+            refused: why, by name.
+        """
+        generation, partitions = self._generation, self._partitions
+        assignment = await self._end_assignment(lambda: self._take_over(changed, refused))
+        if generation is None or assignment != self._assignment:
+            return  # an assignment that comes, or came meanwhile, begins with them
+        self._generation = generation
+        starts = await asyncio.gather(*(self._begin_in_time(partition, assignment) for partition in sorted(partitions)))
+        for partition, start in zip(sorted(partitions), starts, strict=True):
+            if start is not None and assignment == self._assignment:
+                await self._consumer.move(partition, start)
 
     async def has_room(self, timeout_s: float) -> bool:
         """See `Intake`. A view that fails may not keep the others waiting: what it holds is given back."""
@@ -272,10 +285,46 @@ class StreamIntake:
             steps.pools.close()
         self._looks.shutdown(wait=False, cancel_futures=True)
 
+    # -- views -------------------------------------------------------------------------------------------------------
+
+    def _take_over(self, changed: Mapping[str, View], refused: Mapping[str, str]) -> None:
+        """No lane is at work, and none has been opened for what is to begin."""
+        former = self.views
+        self._views = {
+            topic: tuple(changed.get(view.contract.name, view) for view in views)
+            for topic, views in self._views.items()
+        }
+        for name, view in changed.items():
+            steps = self._steps[name]
+            self._steps[name] = self._steps_of(view, steps.pools, steps.share)
+            self._stopped.pop((str(view.contract.topic), name), None)
+            self._health.renewals.labels(name).inc()
+            logger.info("`%s` changed in the registry, and goes on as it is declared now", name, extra={"view": name})
+        for name, reason in refused.items():
+            topic = str(former[name].contract.topic)
+            self._stopped.pop((topic, name), None)  # the reason may be another now
+            self._stop(topic, former[name], reason)
+        self._tell_objectives()
+
+    def _steps_of(self, view: View, pools: Pools, share: LetterShare) -> ViewSteps:
+        decoder = decoder_of(view.contract, schema_registry(self._settings))  # whose connection is of one thread
+        return ViewSteps(view, decoder, self._stores, pools, self._health, self._settings, share)
+
+    def _tell_objectives(self) -> None:
+        self._health.gauges.objectives = {
+            (name, store): within_s
+            for name, view in self.views.items()
+            for store, within_s in view.contract.objectives.of_stores().items()
+        }
+
     # -- partitions --------------------------------------------------------------------------------------------------
 
-    async def _end_assignment(self) -> int:
-        """End the assignment that is or is beginning; the number of the one that may begin, if no other came since."""
+    async def _end_assignment(self, between: Callable[[], None] = lambda: None) -> int:
+        """End the assignment that is or is beginning; the number of the one that may begin, if no other came since.
+
+        Args:
+            between: called when all lanes have ended, and before any begins.
+        """
         self._assignment += 1
         assignment = self._assignment
         self._generation = None
@@ -289,6 +338,7 @@ class StreamIntake:
             task.cancel()
         async with self._ending:  # the next may read the ledgers when the lanes of all before have ended
             await asyncio.gather(*(lane.finish(FINISH_S) for run in runs.values() for lane in run.lanes))
+            between()
         for partition, run in runs.items():
             if run.lanes:
                 self._committed[partition] = min(lane.end for lane in run.lanes)
@@ -387,6 +437,9 @@ class StreamIntake:
             ledger = StreamLedger(view.contract, *partition)
             try:
                 end = await self._where(view, ledger, partition, log, present)
+                schema = await self._look(partial(ledger.other_schema, end.epoch))
+                if schema is not None and (why := conflict(view.contract, schema)) is not None:
+                    raise StoppedError(why)
             except (StoppedError, LedgerError, ConfigError) as error:
                 self._stop(partition.topic, view, str(error))
                 continue
@@ -565,7 +618,7 @@ class StreamIntake:
 
     def _stop_all(self, topic: str, reason: str) -> None:
         """Leave a topic alone."""
-        for view in self._config.views[topic]:
+        for view in self._views[topic]:
             self._stop(topic, view, reason)
 
     def _stop(self, topic: str, view: View, reason: str, *, passes: bool = False) -> None:
@@ -586,7 +639,7 @@ class StreamIntake:
                     run.lanes.remove(lane)
                 if not run.lanes:
                     self._spawn(self._consumer.hold(partition))
-        if len(self._stopped) == sum(len(views) for views in self._config.views.values()):
+        if len(self._stopped) == len(self.views):
             self._on_fatal(StoppedError(reason))
         elif passes:
             self._passing.add((topic, name))
@@ -604,7 +657,7 @@ class StreamIntake:
 
     def _served(self, topic: str) -> list[View]:
         """The views of a topic that are not left out."""
-        return [view for view in self._config.views[topic] if (topic, view.contract.name) not in self._stopped]
+        return [view for view in self._views[topic] if (topic, view.contract.name) not in self._stopped]
 
     def _hindrance(self) -> Lane | None:
         """Of the lanes whose step fails the one that holds most, if another view waits for room that would go on."""

@@ -51,6 +51,7 @@ class StreamSettings(SecuritySettings):
         dead_letter_window_seconds, dead_letter_min_events: the events that are looked at: those of so many seconds, and
             so many at least.
         dead_letter_stop: whether the worker ends then, before the events are written to the dead letters.
+        registry_seconds: how often the registry is asked whether a view changed.
         log_format: `text` for people, `json` for one JSON object a line.
         web_host, web_port: where the status page, `/healthz`, `/readyz` and `/metrics` are served.
     """
@@ -78,6 +79,7 @@ class StreamSettings(SecuritySettings):
     dead_letter_window_seconds: float = Field(default=60.0, gt=0)
     dead_letter_min_events: int = Field(default=100, gt=0)
     dead_letter_stop: bool = False
+    registry_seconds: float = Field(default=10.0, gt=0)
     log_format: Literal["text", "json"] = "text"
     web_host: str = "127.0.0.1"
     web_port: int = Field(default=6066, ge=1, le=65_535)
@@ -164,7 +166,7 @@ def read_config(settings: StreamSettings | None = None) -> StreamConfig:
     if not served:
         msg = f"no feature view of {settings.feature_repo} has a KafkaSource; the stream has nothing to read"
         raise ConfigError(msg)
-    _check_formats(served, schema_registry(settings))
+    check_formats(served, schema_registry(settings))
     views: dict[str, list[View]] = {}
     for contract in served:
         view = View(contract, load_transform(contract, settings.feature_repo))
@@ -212,8 +214,12 @@ def registry_warnings(settings: StreamSettings) -> list[str]:
     ]
 
 
-def _check_formats(served: list[ViewContract], registry: SchemaRegistry | None) -> None:
-    """Every view's format must be served, and be that of the other views of its topic."""
+def check_formats(served: list[ViewContract], registry: SchemaRegistry | None) -> None:
+    """Every view's format must be served, and be that of the other views of its topic.
+
+    Raises:
+        ConfigError: one is not.
+    """
     formats: dict[str | None, ViewContract] = {}
     for contract in served:
         decoder_of(contract, registry)

@@ -60,6 +60,7 @@ class Moment:
     own: Mapping[Place, tuple[int, int | None]]
     assigned: int
     waiting_ms: Mapping[tuple[str, str], int]
+    views: Sequence[View]
 
     @cached_property
     def places(self) -> set[tuple[str, int]]:
@@ -101,7 +102,7 @@ class Board:
         now_s = time.time()
         found, runs = self._topics.answer(), self._runs.answer()
         compacted_s = _compacted_s(runs)
-        views = [self._view(view, moment, compacted_s, now_s) for view in self._views]
+        views = [self._view(view, moment, compacted_s, now_s) for view in moment.views]
         return {
             "version": 1,
             "time": _iso(now_s),

@@ -29,6 +29,7 @@ from streaming.health import OFFLINE, ONLINE, Fault, Health, Kind
 from streaming.intake import StreamIntake
 from streaming.logs import QUIET, set_up, silence_hosts
 from streaming.pages import add_status_pages
+from streaming.renewal import Renewal
 from streaming.security import faust_credentials, keep_logins_out_of_logs, warnings
 from streaming.settings import StreamConfig, read_config, registry_warnings, schema_registry
 from streaming.status import Board, Moment
@@ -107,6 +108,7 @@ class HeadraceApp(faust.App):
         self.config = config
         self.health = Health()
         self.intake = StreamIntake(config, self.health, self.fail)
+        self.renewal = Renewal(config, self.health, self.intake)
         self.fatal: BaseException | None = None
         self.deadline = Deadline(self.exit_code)
         self.rebalancing_since_s: float | None = None
@@ -231,6 +233,11 @@ def create_app() -> HeadraceApp:
         if not app.should_stop:
             app.fail(RuntimeError("Faust ended the stream of events; start the worker again"))
 
+    @app.task  # type: ignore[untyped-decorator]
+    async def watch_registry() -> None:
+        """What the registry says of the views while the worker runs."""
+        await app.renewal.watch()
+
     _add_pages(app)
     return app
 
@@ -326,7 +333,7 @@ def liveness_faults(app: HeadraceApp) -> list[Fault]:
 
 def readiness_faults(app: HeadraceApp) -> list[Fault]:
     """What keeps events from reaching both stores now. A worker without partitions is a spare, and ready."""
-    faults = liveness_faults(app) + app.intake.faults()
+    faults = liveness_faults(app) + app.intake.faults() + app.renewal.faults()
     is_assigned = not app.rebalancing and (app.intake.has_begun or app.unassigned)
     if not is_assigned and not (app.was_assigned and app.rebalancing_s() < USUAL_REBALANCE_S):
         faults.append(Fault(Kind.REBALANCING, "waiting for the group's assignment"))
@@ -336,7 +343,8 @@ def readiness_faults(app: HeadraceApp) -> list[Fault]:
 def moment(app: HeadraceApp) -> Moment:
     """What the status page needs of the event loop."""
     gauges = app.health.gauges
-    return Moment(readiness_faults(app), gauges.source(), gauges.assigned(), gauges.waiting())
+    views = [*app.intake.views.values()]
+    return Moment(readiness_faults(app), gauges.source(), gauges.assigned(), gauges.waiting(), views)
 
 
 def state(app: HeadraceApp) -> dict[str, Any]:
@@ -346,14 +354,14 @@ def state(app: HeadraceApp) -> dict[str, Any]:
         for (view, topic, number), (end, lag) in sorted(app.health.gauges.source().items())
     ]
     freshness = {
-        view.contract.name: {
+        name: {
             store: {
-                "p50_s": app.health.freshness.quantile(view.contract.name, store, 0.50),
-                "p99_s": app.health.freshness.quantile(view.contract.name, store, 0.99),
+                "p50_s": app.health.freshness.quantile(name, store, 0.50),
+                "p99_s": app.health.freshness.quantile(name, store, 0.99),
             }
             for store in (ONLINE, OFFLINE)
         }
-        for views in app.config.views.values()
-        for view in views
+        for name in app.intake.views
     }
-    return {"group": app.config.group, "partitions": partitions, "freshness": freshness}
+    registry = app.renewal.state()
+    return {"group": app.config.group, "partitions": partitions, "freshness": freshness, "registry": registry}

@@ -17,8 +17,13 @@ def copy_repository(repo: Path) -> None:
     (repo.parent / "data").mkdir(exist_ok=True)
 
 
-def use_valkey(repo: Path, address: str, database: int = 0, **options: object) -> None:
-    """Change the online store of a repository to the Redis one of ours, with further options of it."""
+def use_valkey(repo: Path, address: str, database: int | None = 0, **options: object) -> None:
+    """Change the online store of a repository to the Redis one of ours, with further options of it.
+
+    Args:
+        database: None for a cluster, which has but one.
+    """
+    number = "" if database is None else f",db={database}"
     file = repo / "feature_store.yaml"
     lines = file.read_text(encoding="utf-8").splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("online_store:"))
@@ -29,7 +34,7 @@ def use_valkey(repo: Path, address: str, database: int = 0, **options: object) -
     store = [
         "online_store:",
         "  type: headrace.redis.HeadraceRedisOnlineStore",
-        f'  connection_string: "{address},db={database}"',
+        f'  connection_string: "{address}{number}"',
         *(f"  {name}: {value}" for name, value in options.items()),
     ]
     file.write_text("\n".join([*lines[:start], *store, *lines[end:], ""]), encoding="utf-8")
