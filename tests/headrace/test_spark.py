@@ -11,6 +11,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ import pyarrow.parquet as pq
 import pytest
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, ValueType
 from feast.data_format import ParquetFormat
-from feast.feature_view import DUMMY_ENTITY_ID
 from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import RetrievalJob
 from feast.types import Array, Bool, Bytes, FeastType, Float32, Float64, Int32, Int64, String, Struct, UnixTimestamp
@@ -34,11 +34,13 @@ from headrace.audit import audit
 from headrace.chains import StreamLedger, push, replace_day
 from headrace.compact import compact
 from headrace.contract import ViewContract
+from headrace.encode import encode_keys, encode_values
 from headrace.errors import ConfigError
+from headrace.online import online_store
 from headrace.retain import retain
 from tests.headrace.test_online import served
 from tests.headrace.test_retrieval import KEYS, TTLS_US, as_of, as_source, asked, entityless, frame_of, mapped, source
-from tests.headrace.test_scan import best, events, moment, shown, write_foreign, write_history
+from tests.headrace.test_scan import events, moment, write_foreign, write_history
 from tests.headrace.views import EPOCH_US, applied, config, examples, redis_online, rows, sqlite_online, view
 from tests.servers.repository import ROOT
 
@@ -89,10 +91,17 @@ def on_spark(store: FeatureStore, engine: str = ENGINE, online: Mapping[str, Any
     return FeatureStore(config=made)
 
 
+@dataclass(repr=False)  # Hypothesis shows it with each example
+class Repository:
+    """One repository, with our stores and with Spark."""
+
+    ours: FeatureStore
+    on_spark: FeatureStore
+    contracts: Mapping[str, ViewContract]
+
+
 @pytest.fixture(scope="module")
-def repository(
-    spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[FeatureStore, FeatureStore, dict[str, ViewContract]]:
+def repository(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """Five views: one, two, three and no join keys, with and without ttl and created time, and one all mapped."""
     made = []
     for name, keys in KEYS.items():
@@ -103,14 +112,16 @@ def repository(
             made.append(view(name, keys, ttl=ttl, created=name != "three"))
     # Characters that mean something in a pattern of paths, or in a URL.
     store, contracts = applied(tmp_path_factory.mktemp("spark") / "a [b] {c} %20 ü", None, *made)
-    return store, on_spark(store), {contract.name: contract for contract in contracts}
+    return Repository(store, on_spark(store), {contract.name: contract for contract in contracts})
 
 
 def histories_of(views: int) -> st.SearchStrategy[dict[str, list[dict[str, Any]]]]:
     """The rows of some views, by name."""
     names = st.lists(st.sampled_from(sorted(KEYS)), min_size=1, max_size=views, unique=True)
     return names.flatmap(
-        lambda chosen: st.fixed_dictionaries({name: st.lists(events(KEYS[name]), max_size=15) for name in chosen})
+        lambda chosen: st.fixed_dictionaries(
+            {name: st.lists(events(KEYS[name]), min_size=1, max_size=15) for name in chosen}
+        )
     )
 
 
@@ -128,13 +139,13 @@ def histories_of(views: int) -> st.SearchStrategy[dict[str, list[dict[str, Any]]
 )
 def test_point_in_time_equals_ours_and_the_oracle(
     spark: SparkSession,
-    repository: tuple[FeatureStore, FeatureStore, dict[str, ViewContract]],
+    repository: Repository,
     histories: dict[str, list[dict[str, Any]]],
     wanted: list[dict[str, Any]],
     by_created: bool,
     also_as_spark_frame: bool,
 ) -> None:
-    ours, store, contracts = repository
+    ours, store, contracts = repository.ours, repository.on_spark, repository.contracts
     expected: dict[str, list[str]] = {}
     for name, history in histories.items():
         ranked = write_history(contracts[name], [as_source(contracts[name], row) for row in history])
@@ -175,30 +186,27 @@ def _plain(field: pa.Field) -> pa.Field:
 )
 @given(histories=histories_of(1))
 def test_materialized_is_the_newest_by_the_oracle(
-    repository: tuple[FeatureStore, FeatureStore, dict[str, ViewContract]], histories: dict[str, list[dict[str, Any]]]
+    repository: Repository, histories: dict[str, list[dict[str, Any]]]
 ) -> None:
-    ours, store, contracts = repository
+    ours, store, contracts = repository.ours, repository.on_spark, repository.contracts
     ((name, history),) = histories.items()
     contract = contracts[name]
     ranked = write_history(contract, [as_source(contract, row) for row in history])
     forget(ours, contract)
     store.materialize(moment(0), moment(7), feature_views=[name])
-    low_to_high = [(order, row) for order, row in ranked if row[contract.timestamp_field] <= 7]
-    keys = {tuple(row[key] for key in contract.join_keys) for _, row in ranked}
-    expected = {
-        key: shown(
-            best((o, r) for o, r in low_to_high if tuple(r[k] for k in contract.join_keys) == key) or {}, contract
-        )
-        for key in keys
-    }
-    names = [contract.view_name(feature) for feature in contract.features]
-    asked_for = [
-        {contract.view_name(k): v for k, v in zip(contract.join_keys, key, strict=True)} or {DUMMY_ENTITY_ID: ""}
-        for key in expected
-    ]
-    answer = ours.get_online_features([f"{name}:{feature}" for feature in names], asked_for).to_dict()
-    got = [repr([answer[feature][i] for feature in names]) for i in range(len(asked_for))]
-    assert got == list(expected.values())
+    winners: dict[tuple[Any, ...], tuple[bytes, Mapping[str, Any]]] = {}
+    for order, row in ranked:
+        key = tuple(row[k] for k in contract.join_keys)
+        if row[contract.timestamp_field] <= 7 and (key not in winners or order >= winners[key][0]):
+            winners[key] = (order, row)
+    table = rows(contract, [row for _, row in winners.values()])
+    stored = online_store(ours).read_stored(
+        ours.config, contract.feature_view, encode_keys(contract, table).to_pylist()
+    )
+    assert stored.order == [order for order, _ in winners.values()]
+    for feature in contract.features:
+        expected = encode_values(contract, table, feature).to_pylist()
+        assert stored.values[contract.view_name(feature)] == expected
     # What arrives late and is older does not win, whoever writes; and the audit agrees with what Spark wrote.
     store.materialize(moment(0), moment(9), feature_views=[name])
     assert audit(ours, contract).diverged == 0
@@ -288,14 +296,18 @@ def test_values_of_every_kind_come_as_they_are_and_names_of_any_spelling(spark: 
         ours.get_historical_features(frame, references).to_df(),
     )
     keys = [{"id": n} for n in range(3)]
-    answers = []
+    store.materialize(moment(0), moment(9))
+    found_online = [served(ours, contract, keys) for contract in contracts]
+    assert [row["Value"] for row in found_online[1]] == [0, 1, 2]
+    # Feast's own engine gives the same, but for columns that differ by case, and whole numbers beside a null, which it
+    # takes for floats.
     stock = on_spark(ours, "spark.engine", {**sqlite_online(), "path": "data/stock-engine.db"})
-    stock.apply([stock.get_feature_view(contract.name) for contract in contracts])
-    for one in (store, stock):
-        one.materialize(moment(0), moment(9))
-        answers.append([served(one, contract, keys) for contract in contracts])
-    assert repr(answers[0]) == repr(answers[1])
-    assert [row["Value"] for row in answers[0][1]] == [0, 1, 2]
+    stock.apply([stock.get_feature_view("plain")])
+    stock.materialize(moment(0), moment(9), feature_views=["plain"])
+    by_stock = served(stock, contracts[0], keys)
+    assert [row.pop("large") for row in by_stock] == [2**53, None, -(2**63)]
+    assert [row.pop("large") for row in found_online[0]] == TYPES["large"][1]
+    assert repr(by_stock) == repr(found_online[0]).replace("{'x': 1,", "{'x': 1.0,")
     assert audit(ours, contracts[0]).diverged == 0
 
 
@@ -369,7 +381,7 @@ def test_an_older_row_that_arrives_later_never_wins(
 ) -> None:
     ours, (contract,) = applied(tmp_path, online)
     push(contract, rows(contract, [event(1, 9), event(2, 1)]))
-    for engine in (ENGINE, "spark.engine"):
+    for engine in (ENGINE, "spark.engine")[: 2 if "sqlite" in online["type"] else 1]:
         store = on_spark(ours, engine)
         store.materialize(moment(0), moment(9))
         assert [row["count"] for row in served(ours, contract, [{"id": 1}, {"id": 2}])] == [9, 1]
