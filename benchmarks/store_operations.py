@@ -113,7 +113,8 @@ def retrieve(*, side: str, folder: str, history: str, features: int, entities: s
     store = open_side(side, Path(folder), Path(history), features, f"sqlite:{folder}/online.db")
     frame = pd.read_parquet(entities)
     if side == SPARK:
-        store.get_historical_features(frame.iloc[:0].copy(), _references(features))  # which starts its session
+        # Which starts its session and its workers, as a job of many retrievals has them.
+        store.get_historical_features(frame.iloc[:100].copy(), _references(features)).to_arrow()
 
     def run() -> Answer:
         with _timing() as answer:
