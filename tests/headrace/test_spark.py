@@ -49,7 +49,7 @@ ENGINE = "headrace.spark.HeadraceSparkEngine"
 # A small session that starts and warms quickly: its plans are many and its data few.
 CONF = {
     "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
-    "spark.master": "local[2]",
+    "spark.master": "local[1]",
     "spark.ui.enabled": "false",
     "spark.driver.host": "127.0.0.1",
     "spark.driver.bindAddress": "127.0.0.1",
@@ -412,6 +412,7 @@ def test_a_repository_switches_there_and_back_by_the_blocks_of_the_page(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = PAGE.read_text(encoding="utf-8")
+    # The page's session is the one that is active here, as Feast takes it.
     before, after = re.findall(r"```yaml\n(.+?)```", text, re.DOTALL)
     (example,) = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
     base = (
