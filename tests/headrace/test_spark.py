@@ -307,7 +307,7 @@ def test_values_of_every_kind_come_as_they_are_and_names_of_any_spelling(spark: 
     by_stock = served(stock, contracts[0], keys)
     assert [row.pop("large") for row in by_stock] == [2**53, None, -(2**63)]
     assert [row.pop("large") for row in found_online[0]] == TYPES["large"][1]
-    assert repr(by_stock) == repr(found_online[0]).replace("{'x': 1,", "{'x': 1.0,")
+    assert by_stock == found_online[0]  # where 1.0 is 1
     assert audit(ours, contracts[0]).diverged == 0
 
 
