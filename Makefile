@@ -41,7 +41,7 @@ LOCK_OPTIONS := --extra postgres --universal --python-version 3.11 --generate-ha
     --no-emit-index-url --annotation-style line --quiet
 
 lock: ## resolve both locks anew from pyproject.toml, after a change there (needs uv)
-	uv pip compile pyproject.toml --group dev $(LOCK_OPTIONS) --output-file requirements.lock
+	uv pip compile pyproject.toml --group dev --extra spark $(LOCK_OPTIONS) --output-file requirements.lock
 	uv pip compile pyproject.toml --constraints requirements.lock $(LOCK_OPTIONS) --output-file requirements-runtime.lock
 
 check: setup ## formatting, lint, types, import directions, links of the documentation

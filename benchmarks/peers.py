@@ -1,4 +1,4 @@
-"""The two sides of each comparison: a Feast store with our plug-ins, and one with Feast's own, of the same view."""
+"""The sides of each comparison: a Feast store with our plug-ins, and one with Feast's own, of the same view."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConf
 from feast.data_format import ParquetFormat
 from feast.types import Bool, Float32, Float64, Int32, Int64, String
 
-OURS, STOCK = "ours", "stock"
+OURS, STOCK, SPARK = "ours", "stock", "spark"
 VIEW, KEY, TIME, CREATED = "events", "customer", "event_time", "created"
 FEATURE_TYPES = (Float32, Float64, Int32, Int64, String, Bool)
 """Features take these types in turn."""
@@ -29,9 +29,9 @@ def open_side(side: str, folder: Path, history: Path, features: int, online: str
     """Open and apply a store, in a folder that is its repository for Feast's commands too.
 
     Args:
-        side: `OURS` or `STOCK`.
+        side: `OURS`, `STOCK`, or `SPARK`, which is ours with Spark on two threads of this machine.
         folder: for `feature_store.yaml` and the registry.
-        history: the folder of segments (ours), or the Parquet file (stock).
+        history: the folder of segments, or the Parquet file (stock).
         online: `sqlite:<file>` or `redis:<connection string>`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def open_side(side: str, folder: Path, history: Path, features: int, online: str
         "provider": "local",
         "registry": str(folder / "registry.db"),
         "entity_key_serialization_version": 3,
-        **(_ours(online) if side == OURS else _stock(online)),
+        **{OURS: _ours, STOCK: _stock, SPARK: _spark}[side](online),
     }
     (folder / "feature_store.yaml").write_text(json.dumps(settings), encoding="utf-8")  # which is YAML too
     store = FeatureStore(config=RepoConfig(repo_path=folder, **settings))
@@ -78,6 +78,16 @@ def _ours(online: str) -> dict[str, Any]:
         "offline_store": {"type": "headrace.offline.HeadraceOfflineStore"},
         "online_store": {"type": stores[kind][0], stores[kind][1]: place},
         "batch_engine": {"type": "headrace.engine.HeadraceEngine"},
+    }
+
+
+def _spark(online: str) -> dict[str, Any]:
+    conf = {"spark.master": "local[2]", "spark.driver.memory": "4g", "spark.driver.host": "127.0.0.1"}
+    conf |= {"spark.driver.bindAddress": "127.0.0.1", "spark.ui.enabled": "false", "spark.sql.shuffle.partitions": "8"}
+    return {
+        **_ours(online),
+        "offline_store": {"type": "headrace.spark.HeadraceSparkOfflineStore", "spark_conf": conf},
+        "batch_engine": {"type": "headrace.spark.HeadraceSparkEngine", "spark_conf": conf},
     }
 
 

@@ -45,7 +45,7 @@ from benchmarks.measure import (
 )
 from tests.servers import Valkey
 
-OURS, STOCK = "ours", "stock"
+OURS, STOCK, SPARK = "ours", "stock", "spark"
 NARROW, WIDE = 3, 50
 STOCK_LIMIT_S = 90.0
 """Once the runs of stock in one row have taken this long, it runs no more: the whole must stay under half an hour."""
@@ -178,7 +178,7 @@ class History:
 
     def of(self, side: str) -> str:
         """The form that a side reads."""
-        return str(self.segments if side == OURS else self.file)
+        return str(self.file if side == STOCK else self.segments)
 
     def copy(self, side: str, place: Path) -> str:
         """A form of its own, to be changed. Segments are never changed, so links do."""
@@ -248,6 +248,20 @@ def retrieve(bench: Bench, name: str, *, entities: int, keys: int, sides: tuple[
         raise MeasureError(f"{name}: the results differ")
     what = f"retrieval of {short(wanted)} entity rows from {short(history.rows)} rows of {short(history.keys)} keys"
     ours, peak = median_of(found[OURS], "seconds"), median_of(found[OURS], "peak_bytes")
+    if SPARK in sides:
+        spark = median_of(found[SPARK], "seconds")
+        shown = seconds(spark), f"{spark / ours:.1f}x"
+        return [
+            Row(
+                f"{what}: beside Spark `local[2]`",
+                seconds(ours),
+                *shown,
+                "",
+                None,
+                memory({OURS: found[OURS]}),
+                runs(found),
+            )
+        ]
     if STOCK not in sides:
         is_met = peak <= 8 * GIB
         return [Row(what, seconds(ours), "", "", "≤ 8 GiB", is_met, memory(found), runs(found))]
@@ -530,6 +544,7 @@ ROWS: dict[str, Callable[[Bench, str], list[Row]]] = {
     "retrieve": partial(retrieve, entities=100_000, keys=MILLION, sides=(OURS, STOCK)),
     "retrieve-deep": partial(retrieve, entities=100_000, keys=10_000, sides=(OURS, STOCK)),
     "retrieve-million": partial(retrieve, entities=MILLION, keys=MILLION, sides=(OURS,)),
+    "retrieve-spark": partial(retrieve, entities=100_000, keys=MILLION, sides=(OURS, SPARK)),
     "append": append,
     "online-redis": partial(serve_online, kind="redis"),
     "online-sqlite": partial(serve_online, kind="sqlite"),

@@ -152,7 +152,7 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
         end_date: datetime,
     ) -> RetrievalJob:
         """The newest row of each key within the window, both ends inclusive; no feature named means all columns."""
-        contract = _contract_of(config, data_source, [*join_key_columns, *feature_name_columns])
+        contract = contract_of(config, data_source, [*join_key_columns, *feature_name_columns])
         if contract is None:
             return DuckDBOfflineStore.pull_latest_from_table_or_query(
                 config,
@@ -164,14 +164,14 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
                 start_date,
                 end_date,
             )
-        columns = _wanted(join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column)
+        columns = wanted_columns(join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column)
 
         def run(files: list[File]) -> pa.Table:
             limit = config.offline_store.memory_limit
             rows = newest_rows(contract, files, Window(start_date, end_date), memory_limit=limit)
             return _pulled(rows, columns, dummy=not join_key_columns)
 
-        return HeadraceRetrievalJob(lambda: _with_files(contract.directory, run), config)
+        return HeadraceRetrievalJob(lambda: with_files(contract.directory, run), config)
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -196,9 +196,9 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
                 start_date,
                 end_date,
             )
-        columns = _wanted(join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column)
+        columns = wanted_columns(join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column)
 
-        contract = _contract_of(config, data_source, [*join_key_columns, *feature_name_columns])
+        contract = contract_of(config, data_source, [*join_key_columns, *feature_name_columns])
         window = Window(start_date, end_date)
 
         def run(files: list[File]) -> pa.Table:
@@ -210,7 +210,7 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
                 rows = contract.schema.empty_table() if contract is not None else pa.table({})
             return _pulled(rows, columns, dummy=contract is not None and not join_key_columns)
 
-        return HeadraceRetrievalJob(lambda: _with_files(directory_of(data_source, config), run), config)
+        return HeadraceRetrievalJob(lambda: with_files(directory_of(data_source, config), run), config)
 
     @staticmethod
     def get_historical_features(  # type: ignore[override]
@@ -249,14 +249,14 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
                 full_feature_names,
                 **kwargs,
             )
-        views = [_AskedView.of(view, config, feature_refs, full_feature_names) for view in feature_views]
+        views = [AskedView.of(view, config, feature_refs, full_feature_names) for view in feature_views]
         limit = config.offline_store.memory_limit
         since: datetime | None = None
         if entity_df is None:
             since, end = compute_non_entity_date_range(feature_views, kwargs.get("start_date"), kwargs.get("end_date"))
             entities, time = _moments(views, Window(since, end), limit), DEFAULT_ENTITY_DF_EVENT_TIMESTAMP_COL
         else:
-            entities, time = _entities(entity_df, config)
+            entities, time = entities_of(entity_df, config)
         by_created = bool(kwargs.get("filter_by_created_timestamp"))
         asked = [
             (view, view.typed(entities, time), PointInTime(view.columns, view.ttl_us, by_created, since))
@@ -332,7 +332,7 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
         self, config: RepoConfig, data_source: DataSource
     ) -> Iterable[tuple[str, str]]:
         """Column names and Arrow types: of the view that the source belongs to, else of the files."""
-        contract = _contract_of(config, data_source)
+        contract = contract_of(config, data_source)
         if contract is not None:
             return [(field.name, str(field.type)) for field in contract.schema]
         if is_parquet(data_source) and (files := _files_at(directory_of(data_source, config))):
@@ -343,11 +343,11 @@ class HeadraceOfflineStore(DuckDBOfflineStore):
 def latest(store: FeatureStore, contract: ViewContract) -> pa.Table:
     """The newest row of each key of everything offline, by the total order. What the online store should serve."""
     limit = getattr(store.config.offline_store, "memory_limit", None)
-    return _with_files(contract.directory, lambda files: newest_rows(contract, files, memory_limit=limit))
+    return with_files(contract.directory, lambda files: newest_rows(contract, files, memory_limit=limit))
 
 
 @dataclass(frozen=True)
-class _AskedView:
+class AskedView:
     """What a request wants of a view.
 
     Attributes:
@@ -366,7 +366,8 @@ class _AskedView:
     @classmethod
     def of(
         cls, view: FeatureView, config: RepoConfig, feature_refs: Sequence[str], full_feature_names: bool
-    ) -> _AskedView:
+    ) -> AskedView:
+        """What `feature_refs` want of a view."""
         contract = ViewContract.from_feast(view, config)
         column_of = {contract.view_name(column): column for column in contract.features}
         prefix = f"{view.projection.name_to_use()}:"  # type: ignore[no-untyped-call]
@@ -383,7 +384,28 @@ class _AskedView:
 
     def reading(self, work: Callable[[list[File]], Result]) -> Result:
         """Work on the files of the history."""
-        return _with_files(self.contract.directory, work)
+        return with_files(self.contract.directory, work)
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Whether an entity frame of these columns has the join keys, and no column of the name of a wanted feature.
+
+        Raises:
+            ConfigError: it is not so.
+        """
+        missing = sorted(set(self.keys.values()) - set(columns))
+        where = f"feature view `{self.contract.name}`"
+        if missing:
+            msg = (
+                f"{where} joins on {', '.join(self.keys.values())}; the entity_df lacks {', '.join(missing)}, "
+                f"it has {', '.join(columns)}"
+            )
+            raise ConfigError(msg)
+        if taken := sorted(set(self.names) & set(columns)):
+            msg = (
+                f"{where}: the entity_df has a column of the name of a wanted feature: {', '.join(taken)}; "
+                "rename it, or use full_feature_names=True"
+            )
+            raise ConfigError(msg)
 
     def typed(self, entities: pa.Table, time: str) -> pa.Table:
         """The entities' keys, named and typed as in the history, and their times.
@@ -391,20 +413,8 @@ class _AskedView:
         Raises:
             ConfigError: a key is not there, or of a type that cannot be cast; or a column has the name of a feature.
         """
-        missing = sorted(set(self.keys.values()) - set(entities.column_names))
+        self.check(entities.column_names)
         where = f"feature view `{self.contract.name}`"
-        if missing:
-            msg = (
-                f"{where} joins on {', '.join(self.keys.values())}; the entity_df lacks {', '.join(missing)}, "
-                f"it has {', '.join(entities.column_names)}"
-            )
-            raise ConfigError(msg)
-        if taken := sorted(set(self.names) & set(entities.column_names)):
-            msg = (
-                f"{where}: the entity_df has a column of the name of a wanted feature: {', '.join(taken)}; "
-                "rename it, or use full_feature_names=True"
-            )
-            raise ConfigError(msg)
         columns = {}
         for key, column in self.keys.items():
             wanted, values = self.contract.schema.field(key).type, entities.column(column)
@@ -420,7 +430,7 @@ class _AskedView:
         return pa.table({**columns, AS_OF: entities.column(time).cast(TIMESTAMP, safe=False)})
 
 
-def _contract_of(config: RepoConfig, source: DataSource, columns: Iterable[str] = ()) -> ViewContract | None:
+def contract_of(config: RepoConfig, source: DataSource, columns: Iterable[str] = ()) -> ViewContract | None:
     """The contract of the registered view whose history a source is, and which has these columns; None without one."""
     if not is_parquet(source):
         return None
@@ -455,12 +465,12 @@ def _files_at(path: File) -> list[File]:
     return list(found)
 
 
-def _with_files(directory: File, work: Callable[[list[File]], Result]) -> Result:
+def with_files(directory: File, work: Callable[[list[File]], Result]) -> Result:
     """Work on the files that are there; see `headrace.scan.reading`."""
     return reading(lambda: _files_at(directory), lambda files: files, work)
 
 
-def _wanted(keys: Sequence[str], features: Sequence[str], timestamp: str, created: str | None) -> list[str]:
+def wanted_columns(keys: Sequence[str], features: Sequence[str], timestamp: str, created: str | None) -> list[str]:
     """The columns to select; none when no feature is named, which to Feast means all."""
     if not features:
         return []
@@ -503,7 +513,7 @@ def _replace_objects(path: ObjectPath, table: pa.Table) -> None:
             objects.remove(former)
 
 
-def _entities(entity_df: pd.DataFrame | str, config: RepoConfig) -> tuple[pa.Table, str]:
+def entities_of(entity_df: pd.DataFrame | str, config: RepoConfig) -> tuple[pa.Table, str]:
     """The entities as Arrow, with times in UTC, and the name of their time column."""
     if isinstance(entity_df, str):
         with connection(config.offline_store.memory_limit) as con:
@@ -545,7 +555,7 @@ def _as_times(values: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
     return values.cast(pa.timestamp(values.type.unit, "UTC"))
 
 
-def _moments(views: Sequence[_AskedView], window: Window, memory_limit: str | None) -> pa.Table:
+def _moments(views: Sequence[AskedView], window: Window, memory_limit: str | None) -> pa.Table:
     """An entity frame of each join key and event time that any of the views has within a window, by time."""
     frames = []
     for view in views:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrace.contract import ViewContract
-from headrace.encode import Origin, Tails, encode_values, hash_tails, schema_id, stream_tails
+from headrace.encode import Int64s, Origin, Tails, encode_values, hash_tails, schema_id, stream_tails
 from headrace.errors import SchemaError
 from headrace.objects import ObjectPath
 from headrace.place import File, readable, stat_of
@@ -74,8 +74,8 @@ class Window:
 
     def meets(self, low_us: int, high_us: int) -> bool:
         """Whether any time of `[low_us, high_us]` is within."""
-        after_start = self.start is None or high_us >= _microseconds(self.start)
-        return after_start and (self.end is None or low_us <= _microseconds(self.end))
+        after_start = self.start is None or high_us >= microseconds(self.start)
+        return after_start and (self.end is None or low_us <= microseconds(self.end))
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def point_in_time(
         SchemaError: a value in an older or foreign file cannot be cast to the type that the view has now.
     """
     schema = pa.schema([contract.schema.field(name) for name in join.features])
-    window = _window_of(entities, join)
+    window = window_of(entities, join)
     if window is None:
         return pa.table({f.name: pa.nulls(entities.num_rows, f.type) for f in schema}, schema=schema)
     with connection(memory_limit, files) as con:
@@ -294,6 +294,11 @@ class History:
     def time(self) -> str:
         """The event time in SQL."""
         return self.column(self._contract.timestamp_field)
+
+    def numbers(self, paths: Sequence[str]) -> Int64s:
+        """The `file` of rows, by their paths, of which each must have rows."""
+        known = {str(place.path): number for number, place in enumerate(self._places)}
+        return np.array([known[path] for path in paths], dtype=np.int64)
 
     def named(self, table: pa.Table) -> pa.Table:
         """Rows in the contract's schema, from a table with the columns of `history`."""
@@ -551,7 +556,7 @@ def timestamp_literal(moment: datetime) -> str:
     return f"TIMESTAMPTZ '{_aware(moment).isoformat(sep=' ')}'"
 
 
-def _window_of(entities: pa.Table, join: PointInTime) -> Window | None:
+def window_of(entities: pa.Table, join: PointInTime) -> Window | None:
     """The event times that can matter to any of the entities; None if none can."""
     low, high = time_bounds(entities, AS_OF)
     if low is None or high is None:
@@ -616,7 +621,8 @@ def _aware(moment: datetime) -> datetime:
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
-def _microseconds(moment: datetime) -> int:
+def microseconds(moment: datetime) -> int:
+    """A time in microseconds since the epoch; a naive one is UTC."""
     return (_aware(moment) - _EPOCH) // timedelta(microseconds=1)
 
 

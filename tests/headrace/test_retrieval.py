@@ -107,10 +107,10 @@ def test_point_in_time_equals_the_oracle(
     expected = {}
     for name in names:
         history = data.draw(st.lists(events(KEYS[name]), max_size=10))
-        ranked = write_history(contracts[name], [_as_source(contracts[name], row) for row in history])
+        ranked = write_history(contracts[name], [as_source(contracts[name], row) for row in history])
         for feature in ("value", "count"):
             expected[f"{name}__{feature}"] = [
-                repr(_as_of(contracts[name], ranked, row, by_created).get(_source(contracts[name], feature)))
+                repr(as_of(contracts[name], ranked, row, by_created).get(source(contracts[name], feature)))
                 for row in wanted
             ]
     job = store.get_historical_features(
@@ -127,7 +127,7 @@ def test_point_in_time_equals_the_oracle(
     }
 
 
-def _as_of(
+def as_of(
     contract: ViewContract, ranked: list[tuple[bytes, Mapping[str, Any]]], row: Mapping[str, Any], by_created: bool
 ) -> Mapping[str, Any]:
     """The row of the history that an entity row gets; empty if none."""
@@ -142,12 +142,12 @@ def _as_of(
     return best((order, event) for order, event in ranked if known(event)) or {}
 
 
-def _source(contract: ViewContract, name: str) -> str:
+def source(contract: ViewContract, name: str) -> str:
     return next((c for c in contract.schema.names if contract.view_name(c) == name), name)
 
 
-def _as_source(contract: ViewContract, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {_source(contract, name): value for name, value in row.items()}
+def as_source(contract: ViewContract, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {source(contract, name): value for name, value in row.items()}
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ def config(
     online: Mapping[str, Any] | None = None,
     project: str = "test",
     engine: Mapping[str, Any] | None = None,
+    offline: Mapping[str, Any] | None = None,
 ) -> RepoConfig:
     """The configuration of a repository in `home`, with an SQL registry of its own."""
     (home / "data").mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ def config(
         project=project,
         provider="local",
         registry={"registry_type": "sql", "path": f"sqlite:///{home}/data/registry.db"},
-        offline_store={"type": "headrace.offline.HeadraceOfflineStore"},
+        offline_store=dict(offline or {"type": "headrace.offline.HeadraceOfflineStore"}),
         online_store=dict(online or sqlite_online()),
         batch_engine=dict(engine or {"type": "local"}),
         entity_key_serialization_version=3,
