@@ -39,7 +39,7 @@ EVERYTHING = {
     "monitoring": {"enabled": True, "dashboard": {"enabled": True}},
     "serve": {"autoscaling": {"enabled": True}},
 }
-INSTALLATIONS = {
+INSTALLATIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "default": (BROKER, ()),
     "small": (BROKER, ("values-small.yaml",)),
     "large": ({}, ("values-large.yaml",)),
@@ -47,7 +47,9 @@ INSTALLATIONS = {
 }
 
 
-def helm(*arguments: str | Path, values: dict[str, Any], files: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def helm(
+    *arguments: str | Path, values: dict[str, Any], files: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     program = shutil.which("helm") or pytest.skip("no helm (docs/how-to/kubernetes.md says how to build it)")
     words = [word for file in files for word in ("--values", str(CHART / file))]
     command = [program, *map(str, arguments), *words, "--values", "-"]
@@ -140,7 +142,9 @@ def test_what_is_named_is_there(manifests: list[Manifest]) -> None:
             assert spec["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
         if "scaleTargetRef" in spec:
             target = spec["scaleTargetRef"]["name"]
-            assert "replicas" not in of(manifests, "Deployment", target)["spec"], f"{kind} and {target} both say how many"
+            assert "replicas" not in of(manifests, "Deployment", target)["spec"], (
+                f"{kind} and {target} both say how many"
+            )
 
 
 def test_policies_let_in_what_is_served_and_no_more(manifests: list[Manifest]) -> None:
@@ -234,18 +238,20 @@ def test_every_container_runs_what_compose_runs(manifests: list[Manifest]) -> No
         if service is None or name == "headrace-reports":
             continue
         (container,) = pod["containers"]
-        assert [word.replace("/srv/repository", "/srv/feature_repo") for word in container["command"]] == service["command"]
+        assert [word.replace("/srv/repository", "/srv/feature_repo") for word in container["command"]] == service[
+            "command"
+        ]
 
 
 def test_the_schedule_is_that_of_the_crontab() -> None:
     lines = [
-        line for line in (ROOT / "deploy" / "crontab").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+        line
+        for line in (ROOT / "deploy" / "crontab").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
     ]
     expected = sorted((line.split(maxsplit=5)[:5], line.split()[10:]) for line in lines)
     jobs = [m["spec"] for m in rendered(BROKER) if m["kind"] == "CronJob"]
-    found = sorted(
-        (job["schedule"].split(), pod_of({"spec": job})["containers"][0]["args"]) for job in jobs
-    )
+    found = sorted((job["schedule"].split(), pod_of({"spec": job})["containers"][0]["args"]) for job in jobs)
     assert found == expected
     for job in jobs:
         assert (job["timeZone"], job["concurrencyPolicy"]) == ("Etc/UTC", "Forbid")
@@ -308,18 +314,19 @@ def cluster() -> Iterator[Cluster]:
             for name in ("kafka", "valkey", "postgres"):
                 compose.spawn(name)
             found = Cluster(compose, manifests, {"stores": secrets})
-            done(compose.exec("worker", [sys.executable, "-c", SET_UP, day_before()]))
+            done(compose.exec("worker", [sys.executable, "-c", ROWS, day_before()]))
+            # The hook needs no Kafka, which takes longest to start.
+            topics = compose.spawn("topics", [sys.executable, "-c", TOPICS])
             done(found.run("Job", "headrace-apply"))
+            assert topics.wait(60) == 0, compose.log("topics")
             yield found
     except UnavailableError as exc:
         pytest.skip(str(exc))
 
 
-SET_UP = """
+WAIT = """
 import socket, sys, time
 from pathlib import Path
-import psycopg
-from confluent_kafka.admin import AdminClient, NewTopic
 
 def wait_for(port):
     while True:
@@ -327,18 +334,27 @@ def wait_for(port):
             return socket.create_connection(("127.0.0.1", port), 1).close()
         except OSError:
             time.sleep(0.05)
-
-for port in (19092, 6379, 5432):
-    wait_for(port)
-topics = [NewTopic(name, 4, 1) for name in ("drivers", "drivers.dlq")]
-for made in AdminClient({"bootstrap.servers": "kafka:19092"}).create_topics(topics, request_timeout=60).values():
-    made.result()
-password = Path("/run/secrets/postgres_password").read_text()
-rows = f"SELECT n, 0.5, 0.5, n, '{sys.argv[1]} 12:00Z', '{sys.argv[1]} 13:00Z' FROM generate_series(1, 50) n"
-with psycopg.connect(host="postgres", user="headrace", password=password) as database:
-    database.execute(f"INSERT INTO driver_stats {rows}")
 """
-"""Run beside a worker: topics, and rows of a day."""
+ROWS = f"""{WAIT}
+import psycopg
+
+wait_for(5432)
+password = Path("/run/secrets/postgres_password").read_text()
+day = sys.argv[1]
+rows = f"SELECT n, 0.5, 0.5, n, '{{day}} 12:00Z', '{{day}} 13:00Z' FROM generate_series(1, 50) n"
+with psycopg.connect(host="postgres", user="headrace", password=password) as database:
+    database.execute(f"INSERT INTO driver_stats {{rows}}")
+wait_for(6379)
+"""
+TOPICS = f"""{WAIT}
+from confluent_kafka.admin import AdminClient, NewTopic
+
+wait_for(19092)
+topics = [NewTopic(name, 4, 1) for name in ("drivers", "drivers.dlq")]
+admin = AdminClient({{"bootstrap.servers": "kafka:19092"}})
+for made in admin.create_topics(topics, request_timeout=60).values():
+    made.result()
+"""
 
 
 def day_before() -> str:

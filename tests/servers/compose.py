@@ -66,9 +66,7 @@ class Compose(Sandbox):
     def spawn(self, name: str, command: Sequence[str] | None = None) -> subprocess.Popen[bytes]:
         """Start a service, or a command as the service, and end it with all others."""
         service = self.model["services"][name]
-        return self.begin(
-            name, self._container(name), command or [*self._entry(service), *service.get("command", [])]
-        )
+        return self.begin(name, self._container(name), command or [*self._entry(service), *service.get("command", [])])
 
     def is_healthy(self, name: str) -> bool:
         """Whether the service's own health check succeeds."""
@@ -115,8 +113,10 @@ class Compose(Sandbox):
             source, target, *mode = mount.split(":")
             path = (ROOT / source).resolve() if source.startswith(".") else self.volume(source)
             mounts.append(Mount(path, target, mode == ["ro"]))
-        for secret in service.get("secrets", []):
-            mounts.append(Mount(self.folder / "secrets" / secret, f"/run/secrets/{secret}", is_read_only=True))
+        mounts += [
+            Mount(self.folder / "secrets" / secret, f"/run/secrets/{secret}", is_read_only=True)
+            for secret in service.get("secrets", [])
+        ]
         folder = "/data" if "valkey" in name else "/srv"
         return Container(mounts, self._environment(service), (user, group), folder)
 

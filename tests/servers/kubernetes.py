@@ -68,7 +68,9 @@ class Cluster:
             ServerError: It ended, or one did not in time; with the end of its log.
         """
         container = pod_of(self.objects["Deployment", name])["containers"][0]
-        probes = [probe for kind in ("startup", "readiness", "liveness") if (probe := container.get(f"{kind}Probe"))]
+        found = [container.get(f"{kind}Probe", {}) for kind in ("startup", "readiness", "liveness")]
+        handlers = [{kind: probe[kind] for kind in ("httpGet", "tcpSocket") if kind in probe} for probe in found]
+        probes = [probe for place, probe in enumerate(handlers) if probe and probe not in handlers[:place]]
         deadline = time.monotonic() + READY_TIMEOUT_S
         for probe in probes:
             while not self._succeeds(container, probe):
@@ -94,9 +96,7 @@ class Cluster:
         (container,) = pod["containers"]
         sources = {volume["name"]: self._volume(name, volume) for volume in pod["volumes"]}
         mounts = [
-            Mount(
-                sources[mount["name"]] / mount.get("subPath", ""), mount["mountPath"], mount.get("readOnly", False)
-            )
+            Mount(sources[mount["name"]] / mount.get("subPath", ""), mount["mountPath"], mount.get("readOnly", False))
             for mount in container["volumeMounts"]
         ]
         security = pod["securityContext"]
