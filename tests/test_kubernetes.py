@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -220,6 +221,13 @@ def test_wrong_values_are_refused(values: dict[str, Any], message: str) -> None:
     assert message in done.stderr
 
 
+def test_the_values_of_the_page_are_taken() -> None:
+    page = (ROOT / "docs" / "how-to" / "kubernetes.md").read_text(encoding="utf-8")
+    (values,) = re.findall(r"^```yaml\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    store = of(rendered(yaml.safe_load(values)), "ConfigMap", "headrace-repository")["data"]["feature_store.yaml"]
+    assert {"registry", "offline_store", "online_store", "batch_engine"} <= yaml.safe_load(store).keys()
+
+
 def test_a_job_may_be_left_out_and_another_added() -> None:
     jobs = {"retain": None, "compact": {"schedule": "0 5 * * *"}}
     found = {
@@ -338,11 +346,18 @@ def wait_for(port):
 ROWS = f"""{WAIT}
 import psycopg
 
-wait_for(5432)
+def connect():
+    # The port is open before the database takes anybody.
+    while True:
+        try:
+            return psycopg.connect(host="postgres", user="headrace", password=password)
+        except psycopg.OperationalError:
+            time.sleep(0.1)
+
 password = Path("/run/secrets/postgres_password").read_text()
 day = sys.argv[1]
 rows = f"SELECT n, 0.5, 0.5, n, '{{day}} 12:00Z', '{{day}} 13:00Z' FROM generate_series(1, 50) n"
-with psycopg.connect(host="postgres", user="headrace", password=password) as database:
+with connect() as database:
     database.execute(f"INSERT INTO driver_stats {{rows}}")
 wait_for(6379)
 """
@@ -367,6 +382,7 @@ def done(ran: subprocess.CompletedProcess[str]) -> str:
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_the_pods_of_a_release_work_together(cluster: Cluster) -> None:
     """Each container's own command, variables, files and probes: no more of a cluster than its network."""
     names = [f"headrace-{name}" for name in ("luigid", "worker", "serve", "reports")]
