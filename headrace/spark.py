@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -76,6 +75,7 @@ from headrace.offline import (
     with_files,
 )
 from headrace.online import NewestWinsStore
+from headrace.place import File
 from headrace.scan import AS_OF, PointInTime, Window, reading
 from headrace.segments import time_bounds
 from headrace.spark_scan import FOUND, TAIL, as_of, gathered, history, moments, newest
@@ -301,7 +301,7 @@ class HeadraceSparkEngine(SparkComputeEngine):
         artifacts = SerializedArtifacts.serialize(view, self.repo_config)  # type: ignore[no-untyped-call]
         window = Window(task.start_time, task.end_time)
 
-        def work(files: list[Path]) -> None:
+        def work(files: list[File]) -> None:
             rows = newest(session, contract, files, window)
             if self.repo_config.batch_engine.partitions:
                 rows = rows.repartition(self.repo_config.batch_engine.partitions)
@@ -357,7 +357,7 @@ class _LocalEntities:
                 result = result.append_column(name, pc.struct_field(found, i))
         return result
 
-    def _features(self, view: AskedView, typed: pa.Table, join: PointInTime, files: list[Path]) -> pa.ChunkedArray:
+    def _features(self, view: AskedView, typed: pa.Table, join: PointInTime, files: list[File]) -> pa.ChunkedArray:
         """The features as structs, aligned with the entities."""
         kind = pa.struct(
             [pa.field(f"f{i}", view.contract.schema.field(name).type) for i, name in enumerate(view.columns)]
@@ -411,9 +411,9 @@ class _SparkEntities:
         return self._over([view.reading(lambda files: files) for view, _ in self._views])
 
     def table(self) -> pa.Table:
-        files: list[list[Path]] = []
+        files: list[list[File]] = []
 
-        def find() -> list[list[Path]]:
+        def find() -> list[list[File]]:
             files[:] = [view.reading(lambda found: found) for view, _ in self._views]
             return files
 
@@ -433,7 +433,7 @@ class _SparkEntities:
         }
         return table.cast(pa.schema([field.with_type(kinds.get(field.name, field.type)) for field in zones]))
 
-    def _over(self, files: Sequence[Sequence[Path]]) -> DataFrame:
+    def _over(self, files: Sequence[Sequence[File]]) -> DataFrame:
         frame, features = self._frame, []
         for i, ((view, join), found) in enumerate(zip(self._views, files, strict=True)):
             keys = []
@@ -464,7 +464,7 @@ def _pull(
     config: RepoConfig,
     contract: ViewContract,
     columns: Sequence[str],
-    read: Callable[[SparkSession, ViewContract, Sequence[Path], Window], DataFrame],
+    read: Callable[[SparkSession, ViewContract, Sequence[File], Window], DataFrame],
     window: Window,
 ) -> RetrievalJob:
     """A job over the columns wanted, or all, of what `read` finds; for a view without an entity with Feast's dummy."""
@@ -475,7 +475,7 @@ def _pull(
     if not contract.join_keys:
         schema = schema.append(pa.field(DUMMY_ENTITY_ID, pa.string()))
 
-    def frame(files: list[Path]) -> DataFrame:
+    def frame(files: list[File]) -> DataFrame:
         inner = [f"c{contract.schema.get_field_index(name)}" for name in names]
         rows = read(session, contract, files, window).select(*inner)
         if not contract.join_keys:

@@ -22,6 +22,9 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import BinaryType, LongType, StringType, StructField, StructType
 
 from headrace.contract import ViewContract
+from headrace.errors import ConfigError
+from headrace.objects import ObjectPath
+from headrace.place import File
 from headrace.scan import AS_OF, ROWS_A_CHUNK, History, PointInTime, Window, connection, microseconds, window_of
 from headrace.segments import columns_id, parse_name, read_footer
 
@@ -35,7 +38,7 @@ _WORKER_MEMORY = "1GB"
 """Of a Python worker's DuckDB; it holds a batch or streams a file."""
 
 
-def history(session: SparkSession, contract: ViewContract, files: Sequence[Path], window: Window) -> DataFrame:
+def history(session: SparkSession, contract: ViewContract, files: Sequence[File], window: Window) -> DataFrame:
     """The rows of some files within a window: `c0`, ..., `file`, `position`. Files without such rows are not opened.
 
     Spark reads the segments that have the view's very columns. Older schemas and files of others are read by DuckDB in
@@ -46,6 +49,9 @@ def history(session: SparkSession, contract: ViewContract, files: Sequence[Path]
     own_columns = columns_id(contract.schema)
     plain = _is_plain(contract.schema.names)
     for path in files:
+        if isinstance(path, ObjectPath):
+            msg = f"{path}: Spark reads folders, and this is in an object store; read the view by HeadraceOfflineStore"
+            raise ConfigError(msg)
         if path.parent != contract.directory or parse_name(path.name) is None:
             others.append(path)
             continue
@@ -61,7 +67,7 @@ def history(session: SparkSession, contract: ViewContract, files: Sequence[Path]
     return rows.where(_within(window, _Columns(contract).time))
 
 
-def newest(session: SparkSession, contract: ViewContract, files: Sequence[Path], window: Window) -> DataFrame:
+def newest(session: SparkSession, contract: ViewContract, files: Sequence[File], window: Window) -> DataFrame:
     """The newest row of each key within a window, by the total order: `c0`, ..., and `tail`, the last of that order.
 
     Rows without a key or an event time belong to nobody and are left out.
@@ -72,7 +78,7 @@ def newest(session: SparkSession, contract: ViewContract, files: Sequence[Path],
     return _winners(contract, rows, best.select(*columns.keys, "best.*"), broadcast=False)
 
 
-def moments(session: SparkSession, contract: ViewContract, files: Sequence[Path], window: Window) -> DataFrame:
+def moments(session: SparkSession, contract: ViewContract, files: Sequence[File], window: Window) -> DataFrame:
     """Each join key and event time that any row within a window has, once; positional, in the contract's order."""
     columns = _Columns(contract)
     rows = history(session, contract, files, window).where(columns.are_present)
@@ -87,7 +93,7 @@ def contract_keys(contract: ViewContract) -> list[str]:
 def as_of(
     session: SparkSession,
     contract: ViewContract,
-    files: Sequence[Path],
+    files: Sequence[File],
     entities: DataFrame,
     keys: Sequence[str],
     join: PointInTime,

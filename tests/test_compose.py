@@ -92,7 +92,7 @@ def test_every_query_of_the_dashboard_gives_data_of_a_worker_and_a_batch_run(fil
     """Prometheus with the configuration for one machine, where all are on the loopback, but at shorter intervals."""
     if shutil.which("prometheus") is None:
         pytest.skip("no prometheus (Debian: apt-get install prometheus)")
-    folder = filled.folder / "volumes" / "prometheus"
+    folder = filled.volume("prometheus")
     for name in ("prometheus.yml", "rules.yml"):
         text = (MONITORING / name).read_text(encoding="utf-8").replace("interval: 15s", "interval: 1s")
         (folder / name).write_text(text, encoding="utf-8")

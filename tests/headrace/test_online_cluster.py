@@ -204,11 +204,11 @@ def test_a_new_master_gets_its_first_slots(cluster: ValkeyCluster, place: Place,
     assert target.read_mark(store.config, view) == {"version": 1}
     assert {key for keys in target.stored_keys(store.config, view) for key in keys} == set(encoded.keys)
     asked = {"features": ["stats:value"], "entity_rows": [{"id": n} for n in range(KEYS)]}
-    assert store.get_online_features(**asked).to_dict()["value"] == [2.0] * KEYS  # type: ignore[arg-type]
+    assert store.get_online_features(**asked).to_dict()["value"] == [2.0] * KEYS
 
     async def served() -> Any:
         try:
-            return (await store.get_online_features_async(**asked)).to_dict()["value"]  # type: ignore[arg-type]
+            return (await store.get_online_features_async(**asked)).to_dict()["value"]
         finally:
             await store._get_provider().close()
 
