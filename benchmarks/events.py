@@ -56,18 +56,17 @@ DRIVERS = Shape(
 )
 """The view of the example, about 150 bytes an event."""
 
-WIDE = Shape(
-    "wide",
-    tuple((name, FEATURE_TYPES[index % len(FEATURE_TYPES)]) for index, name in enumerate(feature_names(50))),
-    ({},) * 50,
-)
+
+def _mixed(name: str, features: int) -> Shape:
+    """Features of six types in turn, without rules."""
+    types = (FEATURE_TYPES[index % len(FEATURE_TYPES)] for index in range(features))
+    return Shape(name, tuple(zip(feature_names(features), types, strict=True)), ({},) * features)
+
+
+WIDE = _mixed("wide", 50)
 """50 features of six types, about 2,000 bytes an event."""
 
-MIDDLE = Shape(
-    "middle",
-    tuple((name, FEATURE_TYPES[index % len(FEATURE_TYPES)]) for index, name in enumerate(feature_names(20))),
-    ({},) * 20,
-)
+MIDDLE = _mixed("middle", 20)
 """20 features of six types."""
 
 SHAPES = {shape.name: shape for shape in (DRIVERS, WIDE, MIDDLE)}

@@ -9,7 +9,6 @@ import asyncio
 import atexit
 import hashlib
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -38,6 +37,7 @@ from headrace.contract import ViewContract
 from headrace.folder import Folder
 from headrace.repository import contracts
 from headrace.scan import newest as newest_rows
+from tests.servers import free_port
 
 _SAMPLE = 200
 
@@ -304,9 +304,7 @@ def _check_served(store: FeatureStore, features: int, truth: Path) -> None:
 
 def _start_server(repo: Path) -> str:
     """Start `feast serve` of a repository, until this process ends; return the address of online features."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     options = ["--port", str(port), "--no-access-log", "--max-requests", "0"]
     server = subprocess.Popen([sys.executable, "-m", "feast.cli.cli", "-c", str(repo), "serve", *options])
 

@@ -110,7 +110,6 @@ class _Restoration:
         self._topic = topic
         self._restored: list[tuple[int, int]] = []
         self._lost: list[tuple[int, int]] = []
-        self._holes = condition.holes
 
     def as_json(self) -> dict[str, object]:
         """For people and programs."""
@@ -221,16 +220,17 @@ class _Writer:
         """
         contract = self._view.contract
         judged = judge(self._view, self._decoder, [record.value for record in records], self._max_skew_seconds)
+        offsets = np.array([record.offset for record in records], dtype=np.int64)
+        is_own = ~np.isin(offsets, self._replayed)
         letters = [
             Letter(contract.name, self._place, self._topic_id, records[reject.row], reject)
             for reject in judged.rejects
-            if records[reject.row].offset not in self._replayed
+            if is_own[reject.row]
         ]
         if letters:
             self._letters.write(letters)
-        offsets = np.array([record.offset for record in records], dtype=np.int64)[judged.rows]
-        own = np.flatnonzero(~np.isin(offsets, self._replayed))
-        table, offsets = judged.table.take(pa.array(own)), offsets[own]
+        own = np.flatnonzero(is_own[judged.rows])
+        table, offsets = judged.table.take(pa.array(own)), offsets[judged.rows[own]]
         servers = server_ids(self._store)
         if table.num_rows:
             origin = Origin(self._epoch, self._place.partition, offsets)
