@@ -7,8 +7,10 @@ partition have the same time, so there is no doubt which event of a key is the n
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from benchmarks.peers import FEATURE_TYPES, feature_names
 
 PARTITIONS = 4
 BLOCK = 10_000
+STEADY_TICK_S, STEADY_LINGER_MS = 0.005, 1.0
 KEY, TIME, CREATED = "driver_id", "datetime", "created"
 WORDS, WORD_LETTERS = 1_000, 130
 
@@ -145,26 +148,36 @@ def producer(address: str, *, linger_ms: float = 20) -> Producer:
     )
 
 
-def produce(address: str, load: Load, partitions: Sequence[int]) -> int:
-    """Produce the events of some partitions, blocks in turn, and return their bytes when all are acknowledged.
+def produce(address: str, load: Load, partitions: Sequence[int], rate: float | None = None) -> int:
+    """Produce the events of some partitions in turn, and return their bytes when all are acknowledged.
+
+    Args:
+        rate: events a second, of these partitions together; None is as quickly as may be.
 
     Raises:
         RuntimeError: the broker did not take them all.
     """
     shape = SHAPES[load.shape]
-    target = producer(address)
-    waiting = [(partition, blocks(load, partition)) for partition in partitions]
-    size = 0
+    target = producer(address) if rate is None else producer(address, linger_ms=STEADY_LINGER_MS)
+    share = BLOCK if rate is None else max(1, round(rate * STEADY_TICK_S / len(partitions)))
+    waiting = {
+        partition: chain.from_iterable(encode(shape, block) for block in blocks(load, partition))
+        for partition in partitions
+    }
+    begun = time.monotonic()
+    size = sent = 0
     while waiting:
-        for partition, source in list(waiting):
-            block = next(source, None)
-            if block is None:
-                waiting.remove((partition, source))
-                continue
-            for key, value in encode(shape, block):
+        for partition, source in list(waiting.items()):
+            events = list(islice(source, share))
+            if not events:
+                del waiting[partition]
+            for key, value in events:
                 size += len(value)
                 send(target, load.topic, value, str(key).encode(), partition)
-            target.poll(0)
+            sent += len(events)
+        target.poll(0)
+        if rate is not None:
+            time.sleep(max(0.0, begun + sent / rate - time.monotonic()))
     left = target.flush(120.0)
     if left:
         raise RuntimeError(f"{left:,} events of `{load.topic}` were not acknowledged by {address}")

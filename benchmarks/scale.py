@@ -1,9 +1,10 @@
-"""What an event costs a worker and the stores, by kind of load and number of workers; and a model of it, checked.
+"""What an event costs a worker and the stores, by kind of load and number of workers; a model of it, and a plan by it.
 
     python -m benchmarks.scale [--only base wide ...] [--scale 1.0] [--write docs/scale.md]
 
 Each point drains a topic of a real Kafka into Redis or Valkey and Parquet, and asks the workers what it took them:
 CPU, rows written online, bytes appended. Four points give the model its numbers, the others are foretold by it.
+`benchmarks.plan` says what larger loads need.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -25,6 +26,7 @@ import numpy as np
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks import plan
 from benchmarks.drain import (
     DRAIN_TIMEOUT_S,
     LEDGER_PAUSE_S,
@@ -45,6 +47,7 @@ from benchmarks.measure import (
     table,
     write_between,
 )
+from benchmarks.plan import Need
 from benchmarks.stream import SAMPLES, Bench, kafka_version
 from headrace.chains import files
 from tests.servers import Kafka, Valkey
@@ -59,11 +62,15 @@ HEADS = (
     "steps",
     "CPU of the online store",
     "commands",
+    "memory a key",
     "offline",
     "files",
 )
 BOUND = 0.25
 """By how much what the model foretells may be off."""
+
+PLANNED = ("keys", "middle", "steady-50000")
+"""The points that a plan takes what an event needs from."""
 
 CPU = "process_cpu_seconds_total"
 PACKAGES = ("feast", "faust-streaming", "aiokafka", "pyarrow", "redis", "hiredis")
@@ -75,6 +82,7 @@ class Point:
 
     Attributes:
         is_live: whether the workers are there before the events: else these are a backlog.
+        rate: events a second; None is as quickly as may be.
         is_given: whether the model takes its numbers from it.
     """
 
@@ -85,6 +93,7 @@ class Point:
     partitions: int = 4
     workers: int = 1
     is_live: bool = False
+    rate: int | None = None
     is_given: bool = False
 
 
@@ -94,6 +103,8 @@ POINTS = {
     "keys": Point("3 features, 1,000,000 keys", 2 * MILLION, keys=MILLION, is_given=True),
     "middle": Point("20 features", 500_000, MIDDLE.name),
     "some-keys": Point("3 features, 100,000 keys", 2 * MILLION, keys=100_000),
+    "steady-10000": Point("10,000 events/s, as they come", 400_000, is_live=True, rate=10_000),
+    "steady-50000": Point("50,000 events/s, as they come", MILLION, is_live=True, rate=50_000),
     "workers-1": Point(
         "16 partitions, as they come, 1 worker", 2 * MILLION, partitions=16, is_live=True, is_given=True
     ),
@@ -113,6 +124,7 @@ class Cost:
         online_keys: keys that were written online: those that a call had, once, unless what is there was newer.
         steps: calls of the steps: a batch is decoded, written online and appended in one each.
         store_cpu_us, commands: of the online store, likewise.
+        key_bytes: what a key takes in the online store.
         offline_bytes: appended.
         files: that were appended, in all.
     """
@@ -124,6 +136,7 @@ class Cost:
     steps: float
     store_cpu_us: float
     commands: float
+    key_bytes: float
     offline_bytes: float
     files: int
 
@@ -169,6 +182,7 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
     repo = Repository(place / "repo", load.topic, SHAPES[load.shape], bench.valkey.address)
     with redis.Redis.from_url(f"redis://{bench.valkey.address}") as client:
         before = _store_figures(client)
+        used_bytes = _info(client)["used_memory"]
         with contextlib.ExitStack() as stack:
             logs = [place / f"worker-{number}.log" for number in range(point.workers)]
             running = [stack.enter_context(worker(bench.kafka.address, repo, log)) for log in logs]
@@ -176,7 +190,7 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
             ready = [_figures(one)[CPU] for one in running]
             begun = time.perf_counter()
             if point.is_live:
-                bench.produce(load)
+                bench.produce(load, point.rate)
             while repo.end(load.partitions) < load.count:
                 for one in running:
                     one.is_in_time(DRAIN_TIMEOUT_S)
@@ -184,6 +198,7 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
             took_s = time.perf_counter() - begun
             figures = [_figures(one) for one in running]
         after = _store_figures(client)
+        key_bytes = (_info(client)["used_memory"] - used_bytes) / client.dbsize()
     compare(repo, load, truth(load, SAMPLES))
     appended = len(files(repo.contract))
     shutil.rmtree(place)
@@ -195,6 +210,7 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
         steps=sum(one.get("headrace_step_duration_seconds_count", 0.0) for one in figures) / load.count,
         store_cpu_us=(after[0] - before[0]) / load.count * 1e6,
         commands=(after[1] - before[1]) / load.count,
+        key_bytes=key_bytes,
         offline_bytes=sum(one.get("headrace_offline_appended_bytes_total", 0.0) for one in figures) / load.count,
         files=appended,
     )
@@ -223,8 +239,14 @@ def _figures(one: RunningWorker) -> dict[str, float]:
 
 def _store_figures(client: redis.Redis) -> tuple[float, float]:
     """CPU seconds of the server, and the commands that it has processed."""
-    info: dict[str, Any] = client.info()  # type: ignore[assignment]
+    info = _info(client)
     return float(info["used_cpu_user"] + info["used_cpu_sys"]), float(info["total_commands_processed"])
+
+
+def _info(client: redis.Redis) -> dict[str, Any]:
+    """What the server tells of itself."""
+    found: dict[str, Any] = client.info()  # type: ignore[assignment]
+    return found
 
 
 def rows_of(costs: dict[str, Cost]) -> list[tuple[str, ...]]:
@@ -253,11 +275,32 @@ def rows_of(costs: dict[str, Cost]) -> list[tuple[str, ...]]:
                 f"{cost.steps:.6f}",
                 f"{cost.store_cpu_us:.2f} µs",
                 f"{cost.commands:.4f}",
+                f"{cost.key_bytes:.0f} bytes",
                 f"{cost.offline_bytes:.1f} bytes",
                 f"{cost.files:,}",
             )
         )
     return rows
+
+
+def needs_of(model: Model, costs: dict[str, Cost]) -> list[Need]:
+    """What events of two sizes take a worker that is half busy, each brought online for itself."""
+    steps = costs["steady-50000"].steps
+    needs = []
+    for name in PLANNED[:2]:
+        cost = costs[name]
+        alone = replace(cost, online_keys=1.0, steps=steps)
+        needs.append(
+            Need(
+                f"{cost.event_bytes:.0f} bytes, {len(SHAPES[POINTS[name].shape].features)} features",
+                model.cpu_us(alone),
+                cost.store_cpu_us / cost.online_keys,
+                cost.commands / cost.online_keys,
+                cost.offline_bytes,
+                cost.key_bytes,
+            )
+        )
+    return needs
 
 
 def report(costs: dict[str, Cost], scale: float, took_s: float, servers: str) -> str:
@@ -267,7 +310,8 @@ def report(costs: dict[str, Cost], scale: float, took_s: float, servers: str) ->
         f"CPU of the workers, µs an event = {model.event:.2f} + {model.byte:.4f} x bytes of JSON "
         f"+ {model.online_key:.2f} x keys online + {model.step:.0f} x steps"
     )
-    return f"{table(HEADS, rows_of(costs))}\n\n{formula}\n\n{measured(scale, took_s, servers, PACKAGES)}"
+    found = f"{table(HEADS, rows_of(costs))}\n\n{formula}\n\n{measured(scale, took_s, servers, PACKAGES)}"
+    return found if set(PLANNED) - set(costs) else f"{found}\n\n{plan.report(needs_of(model, costs))}"
 
 
 def main() -> int:

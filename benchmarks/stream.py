@@ -149,12 +149,14 @@ class Bench:
         self.kafka.create_topic(topic, partitions=load.partitions)
         return load
 
-    def produce(self, load: Load) -> None:
-        """Produce a topic's events, as quickly as may be."""
+    def produce(self, load: Load, rate: float | None = None) -> None:
+        """Produce a topic's events at a rate a second; None is as quickly as may be."""
         begun = time.monotonic()
         shares = [list(range(load.partitions))[number::PRODUCERS] for number in range(PRODUCERS)]
+        each = None if rate is None else rate / PRODUCERS
         calls = [
-            partial(self._produce, address=self.kafka.address, load=asdict(load), partitions=share) for share in shares
+            partial(self._produce, address=self.kafka.address, load=asdict(load), partitions=share, rate=each)
+            for share in shares
         ]
         size = self.bytes[load.topic] = sum(answer["bytes"] for answer in at_once(calls))
         took_s = time.monotonic() - begun

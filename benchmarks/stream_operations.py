@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.events import DRIVERS, KEY, PARTITIONS, Load, produce, producer, send
+from benchmarks.events import DRIVERS, KEY, PARTITIONS, STEADY_LINGER_MS, Load, produce, producer, send
 from benchmarks.measure import Answer, serve, timed
 from headrace.chains import files
 from headrace.repository import contracts, open_store
@@ -26,17 +26,18 @@ PROBE_COUNT = "avg_daily_trips"
 """The feature in which a probe carries its number, to be compared."""
 
 TICK_S = 0.002
-LINGER_MS = 1.0
 ONLINE_PAUSE_S, OFFLINE_PAUSE_S = 0.0005, 0.05
 
 
-def produce_share(address: str, load: dict[str, Any], partitions: list[int]) -> Callable[[], Answer]:
-    """Produce some partitions of a load."""
+def produce_share(
+    address: str, load: dict[str, Any], partitions: list[int], rate: float | None = None
+) -> Callable[[], Answer]:
+    """Produce some partitions of a load; see `benchmarks.events.produce`."""
 
     def run() -> Answer:
         answer: Answer = {}
         with timed(answer):
-            answer["bytes"] = produce(address, Load(**load), partitions)
+            answer["bytes"] = produce(address, Load(**load), partitions, rate)
         return answer
 
     return run
@@ -52,7 +53,7 @@ def produce_steadily(address: str, topic: str, rate: int, seconds: float) -> Cal
     template = DRIVERS.template()
 
     def run(start: float, probes: list[float]) -> Answer:
-        target = producer(address, linger_ms=LINGER_MS)
+        target = producer(address, linger_ms=STEADY_LINGER_MS)
         target.list_topics(topic, timeout=10.0)  # so that the first event finds the connection open
         made: list[float] = []
         acked: list[float | None] = [None] * len(probes)
