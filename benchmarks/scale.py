@@ -2,9 +2,9 @@
 
     python -m benchmarks.scale [--only base wide ...] [--scale 1.0] [--write docs/scale.md]
 
-Each point drains a topic of a real Kafka into Redis or Valkey and Parquet, and asks the workers what it took them:
-CPU, rows written online, bytes appended. Four points give the model its numbers, the others are foretold by it.
-`benchmarks.plan` says what larger loads need.
+Each point brings events, as they come, from a real Kafka into Redis or Valkey and Parquet, and asks the workers what it
+took them: CPU, rows written online, bytes appended. Five points give the model its numbers, the others are foretold by
+it. `benchmarks.plan` says what larger loads need.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -36,7 +36,7 @@ from benchmarks.drain import (
     compare,
     worker,
 )
-from benchmarks.events import DRIVERS, MIDDLE, SHAPES, WIDE, Load, truth
+from benchmarks.events import DRIVERS, MIDDLE, SHAPES, WIDE, truth
 from benchmarks.measure import (
     MILLION,
     MeasureError,
@@ -60,6 +60,7 @@ HEADS = (
     "off by",
     "keys online",
     "steps",
+    "of workers' time",
     "CPU of the online store",
     "commands",
     "memory a key",
@@ -81,8 +82,7 @@ class Point:
     """A load.
 
     Attributes:
-        is_live: whether the workers are there before the events: else these are a backlog.
-        rate: events a second; None is as quickly as may be.
+        rate: events a second; None is as quickly as producers can, beside the workers.
         is_given: whether the model takes its numbers from it.
     """
 
@@ -92,7 +92,6 @@ class Point:
     keys: int = 10_000
     partitions: int = 4
     workers: int = 1
-    is_live: bool = False
     rate: int | None = None
     is_given: bool = False
 
@@ -103,14 +102,12 @@ POINTS = {
     "keys": Point("3 features, 1,000,000 keys", 2 * MILLION, keys=MILLION, is_given=True),
     "middle": Point("20 features", 500_000, MIDDLE.name),
     "some-keys": Point("3 features, 100,000 keys", 2 * MILLION, keys=100_000),
-    "steady-10000": Point("10,000 events/s, as they come", 400_000, is_live=True, rate=10_000),
-    "steady-50000": Point("50,000 events/s, as they come", MILLION, is_live=True, rate=50_000),
-    "workers-1": Point(
-        "16 partitions, as they come, 1 worker", 2 * MILLION, partitions=16, is_live=True, is_given=True
-    ),
-    "workers-2": Point("16 partitions, as they come, 2 workers", 2 * MILLION, partitions=16, workers=2, is_live=True),
-    "workers-4": Point("16 partitions, as they come, 4 workers", 2 * MILLION, partitions=16, workers=4, is_live=True),
-    "workers-8": Point("16 partitions, as they come, 8 workers", 2 * MILLION, partitions=16, workers=8, is_live=True),
+    "steady-10000": Point("10,000 events/s", 400_000, rate=10_000, is_given=True),
+    "steady-50000": Point("50,000 events/s", MILLION, rate=50_000),
+    "workers-1": Point("16 partitions, 1 worker", 2 * MILLION, partitions=16, is_given=True),
+    "workers-2": Point("16 partitions, 2 workers", 2 * MILLION, partitions=16, workers=2),
+    "workers-4": Point("16 partitions, 4 workers", 2 * MILLION, partitions=16, workers=4),
+    "workers-8": Point("16 partitions, 8 workers", 2 * MILLION, partitions=16, workers=8),
 }
 
 
@@ -123,6 +120,7 @@ class Cost:
         cpu_us: of all workers together, from their being ready on.
         online_keys: keys that were written online: those that a call had, once, unless what is there was newer.
         steps: calls of the steps: a batch is decoded, written online and appended in one each.
+        worker_seconds: for which workers were there, all of them together.
         store_cpu_us, commands: of the online store, likewise.
         key_bytes: what a key takes in the online store.
         offline_bytes: appended.
@@ -134,6 +132,7 @@ class Cost:
     cpu_us: float
     online_keys: float
     steps: float
+    worker_seconds: float
     store_cpu_us: float
     commands: float
     key_bytes: float
@@ -143,7 +142,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Model:
-    """CPU of an event: a part for itself, for each byte of it, for what goes online, and its share of the steps.
+    """CPU of an event: a part for itself, for each byte, for what goes online, and its shares of steps and of idling.
 
     Numbers in microseconds, by least squares over the points that are given.
     """
@@ -152,6 +151,7 @@ class Model:
     byte: float
     online_key: float
     step: float
+    worker_second: float
 
     @classmethod
     def of(cls, costs: Sequence[Cost]) -> Model:
@@ -161,36 +161,33 @@ class Model:
 
     def cpu_us(self, cost: Cost) -> float:
         """What an event of such a load takes."""
-        return float(np.dot(self._terms(cost), (self.event, self.byte, self.online_key, self.step)))
+        return float(np.dot(self._terms(cost), astuple(self)))
 
     @staticmethod
-    def _terms(cost: Cost) -> tuple[float, float, float, float]:
-        return 1.0, cost.event_bytes, cost.online_keys, cost.steps
+    def _terms(cost: Cost) -> tuple[float, ...]:
+        """In the order of the fields."""
+        return 1.0, cost.event_bytes, cost.online_keys, cost.steps, cost.worker_seconds
 
 
 def cost_of(bench: Bench, name: str, point: Point) -> Cost:
-    """Drain a load, and ask what it took.
+    """Produce a load to workers that are there, and ask what it took them.
 
     Raises:
         MeasureError: a worker failed, or the stores do not hold what they should.
     """
-    make = bench.planned if point.is_live else bench.load
-    found = make(name, point.events, shape=point.shape, keys=point.keys, partitions=point.partitions)
-    load = found if isinstance(found, Load) else found[0]
+    load = bench.planned(name, point.events, shape=point.shape, keys=point.keys, partitions=point.partitions)
     bench.empty_valkey()
     place = bench.place()
     repo = Repository(place / "repo", load.topic, SHAPES[load.shape], bench.valkey.address)
     with redis.Redis.from_url(f"redis://{bench.valkey.address}") as client:
         before = _store_figures(client)
-        used_bytes = _info(client)["used_memory"]
         with contextlib.ExitStack() as stack:
             logs = [place / f"worker-{number}.log" for number in range(point.workers)]
             running = [stack.enter_context(worker(bench.kafka.address, repo, log)) for log in logs]
             _wait_shared(running, load.partitions)
             ready = [_figures(one)[CPU] for one in running]
             begun = time.perf_counter()
-            if point.is_live:
-                bench.produce(load, point.rate)
+            bench.produce(load, point.rate)
             while repo.end(load.partitions) < load.count:
                 for one in running:
                     one.is_in_time(DRAIN_TIMEOUT_S)
@@ -198,7 +195,7 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
             took_s = time.perf_counter() - begun
             figures = [_figures(one) for one in running]
         after = _store_figures(client)
-        key_bytes = (_info(client)["used_memory"] - used_bytes) / client.dbsize()
+        key_bytes = float(np.mean([client.memory_usage(client.randomkey()) for _ in range(SAMPLES)]))
     compare(repo, load, truth(load, SAMPLES))
     appended = len(files(repo.contract))
     shutil.rmtree(place)
@@ -208,6 +205,7 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
         cpu_us=(sum(one[CPU] for one in figures) - sum(ready)) / load.count * 1e6,
         online_keys=sum(one.get("headrace_online_keys_written_total", 0.0) for one in figures) / load.count,
         steps=sum(one.get("headrace_step_duration_seconds_count", 0.0) for one in figures) / load.count,
+        worker_seconds=point.workers * took_s / load.count,
         store_cpu_us=(after[0] - before[0]) / load.count * 1e6,
         commands=(after[1] - before[1]) / load.count,
         key_bytes=key_bytes,
@@ -239,14 +237,8 @@ def _figures(one: RunningWorker) -> dict[str, float]:
 
 def _store_figures(client: redis.Redis) -> tuple[float, float]:
     """CPU seconds of the server, and the commands that it has processed."""
-    info = _info(client)
+    info: dict[str, Any] = client.info()  # type: ignore[assignment]
     return float(info["used_cpu_user"] + info["used_cpu_sys"]), float(info["total_commands_processed"])
-
-
-def _info(client: redis.Redis) -> dict[str, Any]:
-    """What the server tells of itself."""
-    found: dict[str, Any] = client.info()  # type: ignore[assignment]
-    return found
 
 
 def rows_of(costs: dict[str, Cost]) -> list[tuple[str, ...]]:
@@ -273,6 +265,7 @@ def rows_of(costs: dict[str, Cost]) -> list[tuple[str, ...]]:
                 "" if point.is_given else f"{off:+.0%}{'' if abs(off) <= BOUND else ' **more than 25%**'}",
                 f"{cost.online_keys:.3f}",
                 f"{cost.steps:.6f}",
+                f"{cost.worker_seconds * 1e6:.1f} µs",
                 f"{cost.store_cpu_us:.2f} µs",
                 f"{cost.commands:.4f}",
                 f"{cost.key_bytes:.0f} bytes",
@@ -289,11 +282,12 @@ def needs_of(model: Model, costs: dict[str, Cost]) -> list[Need]:
     needs = []
     for name in PLANNED[:2]:
         cost = costs[name]
-        alone = replace(cost, online_keys=1.0, steps=steps)
+        alone = replace(cost, online_keys=1.0, steps=steps, worker_seconds=0.0)
         needs.append(
             Need(
                 f"{cost.event_bytes:.0f} bytes, {len(SHAPES[POINTS[name].shape].features)} features",
                 model.cpu_us(alone),
+                model.worker_second / 1e6,
                 cost.store_cpu_us / cost.online_keys,
                 cost.commands / cost.online_keys,
                 cost.offline_bytes,
@@ -308,7 +302,8 @@ def report(costs: dict[str, Cost], scale: float, took_s: float, servers: str) ->
     model = Model.of([costs[name] for name, point in POINTS.items() if point.is_given])
     formula = (
         f"CPU of the workers, µs an event = {model.event:.2f} + {model.byte:.4f} x bytes of JSON "
-        f"+ {model.online_key:.2f} x keys online + {model.step:.0f} x steps"
+        f"+ {model.online_key:.2f} x keys online + {model.step:.0f} x steps "
+        f"+ {model.worker_second:,.0f} x seconds of a worker"
     )
     found = f"{table(HEADS, rows_of(costs))}\n\n{formula}\n\n{measured(scale, took_s, servers, PACKAGES)}"
     return found if set(PLANNED) - set(costs) else f"{found}\n\n{plan.report(needs_of(model, costs))}"
