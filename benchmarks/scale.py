@@ -1,6 +1,6 @@
 """What an event costs a worker and the stores, by kind of load and number of workers; a model of it, and a plan by it.
 
-    python -m benchmarks.scale [--only base wide ...] [--scale 1.0] [--write docs/scale.md]
+    python -m benchmarks.scale [--scale 1.0] [--write docs/scale.md]
 
 Each point brings events, as they come, from a real Kafka into Redis or Valkey and Parquet, and asks the workers what it
 took them: CPU, rows written online, bytes appended. Five points give the model its numbers, the others are foretold by
@@ -69,9 +69,6 @@ HEADS = (
 )
 BOUND = 0.25
 """By how much what the model foretells may be off."""
-
-PLANNED = ("keys", "middle", "steady-50000")
-"""The points that a plan takes what an event needs from."""
 
 CPU = "process_cpu_seconds_total"
 PACKAGES = ("feast", "faust-streaming", "aiokafka", "pyarrow", "redis", "hiredis")
@@ -154,10 +151,11 @@ class Model:
     worker_second: float
 
     @classmethod
-    def of(cls, costs: Sequence[Cost]) -> Model:
-        """The model that meets some costs best."""
-        terms = np.array([cls._terms(cost) for cost in costs])
-        return cls(*np.linalg.lstsq(terms, np.array([cost.cpu_us for cost in costs]), rcond=None)[0].tolist())
+    def of(cls, costs: dict[str, Cost]) -> Model:
+        """The model that meets the points that are given best."""
+        given = [costs[name] for name, point in POINTS.items() if point.is_given]
+        terms = np.array([cls._terms(cost) for cost in given])
+        return cls(*np.linalg.lstsq(terms, np.array([cost.cpu_us for cost in given]), rcond=None)[0].tolist())
 
     def cpu_us(self, cost: Cost) -> float:
         """What an event of such a load takes."""
@@ -241,16 +239,8 @@ def _store_figures(client: redis.Redis) -> tuple[float, float]:
     return float(info["used_cpu_user"] + info["used_cpu_sys"]), float(info["total_commands_processed"])
 
 
-def rows_of(costs: dict[str, Cost]) -> list[tuple[str, ...]]:
-    """The table: what was measured, and what the model foretells of the points that did not make it.
-
-    Raises:
-        MeasureError: not all points that the model needs were measured.
-    """
-    given = [name for name, point in POINTS.items() if point.is_given]
-    if not set(given) <= set(costs):
-        raise MeasureError(f"the model needs the points {', '.join(given)}")
-    model = Model.of([costs[name] for name in given])
+def rows_of(model: Model, costs: dict[str, Cost]) -> list[tuple[str, ...]]:
+    """The table: what was measured, and what the model foretells of the points that did not make it."""
     rows: list[tuple[str, ...]] = []
     for name, cost in costs.items():
         point = POINTS[name]
@@ -280,7 +270,7 @@ def needs_of(model: Model, costs: dict[str, Cost]) -> list[Need]:
     """What events of two sizes take a worker that is half busy, each brought online for itself."""
     steps = costs["steady-50000"].steps
     needs = []
-    for name in PLANNED[:2]:
+    for name in ("keys", "middle"):
         cost = costs[name]
         alone = replace(cost, online_keys=1.0, steps=steps, worker_seconds=0.0)
         needs.append(
@@ -297,22 +287,19 @@ def needs_of(model: Model, costs: dict[str, Cost]) -> list[Need]:
     return needs
 
 
-def report(costs: dict[str, Cost], scale: float, took_s: float, servers: str) -> str:
+def report(model: Model, costs: dict[str, Cost], scale: float, took_s: float, servers: str) -> str:
     """The table, the model, the machine and the versions, as Markdown."""
-    model = Model.of([costs[name] for name, point in POINTS.items() if point.is_given])
     formula = (
         f"CPU of the workers, µs an event = {model.event:.2f} + {model.byte:.4f} x bytes of JSON "
         f"+ {model.online_key:.2f} x keys online + {model.step:.0f} x steps "
-        f"+ {model.worker_second:,.0f} x seconds of a worker"
+        f"+ {model.worker_second:.3f} x µs of workers' time"
     )
-    found = f"{table(HEADS, rows_of(costs))}\n\n{formula}\n\n{measured(scale, took_s, servers, PACKAGES)}"
-    return found if set(PLANNED) - set(costs) else f"{found}\n\n{plan.report(needs_of(model, costs))}"
+    return f"{table(HEADS, rows_of(model, costs))}\n\n{formula}\n\n{measured(scale, took_s, servers, PACKAGES)}"
 
 
 def main() -> int:
-    """Measure the points asked for and print the table."""
+    """Measure the points, and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description="What an event costs.")
-    parser.add_argument("--only", nargs="+", choices=POINTS, default=list(POINTS), help="which points; all of them")
     parser.add_argument("--scale", type=float, default=1.0, help="of the loads; 1")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of a file")
     arguments = parser.parse_args()
@@ -324,11 +311,16 @@ def main() -> int:
             with redis.Redis.from_url(f"redis://{valkey.address}") as client:
                 servers = f"Apache Kafka {kafka_version()}, {redis_version(client.info())}"
             bench = Bench(folder, kafka, valkey, 1, arguments.scale)
-            costs = {name: cost_of(bench, name, POINTS[name]) for name in arguments.only}
-        text = report(costs, arguments.scale, time.monotonic() - begun, servers)
-        print(f"\n{text}")
-        if arguments.write is not None:
-            write_between(arguments.write, "scale", text)
+            costs = {name: cost_of(bench, name, POINTS[name]) for name in POINTS}
+        model = Model.of(costs)
+        texts = {
+            "scale": report(model, costs, arguments.scale, time.monotonic() - begun, servers),
+            "plan": plan.report(needs_of(model, costs)),
+        }
+        for name, text in texts.items():
+            print(f"\n{text}")
+            if arguments.write is not None:
+                write_between(arguments.write, name, text)
     except MeasureError as error:
         print(f"benchmarks.scale: {error}", file=sys.stderr)
         return 1
