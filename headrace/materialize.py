@@ -20,7 +20,7 @@ from headrace.contract import ViewContract
 from headrace.encode import encode
 from headrace.errors import TransientError
 from headrace.faults import reached
-from headrace.online import Mark, NewestWinsStore, online_store, write_online
+from headrace.online import Mark, NewestWinsStore, expect_applied, online_store, write_online
 from headrace.place import File, stat_of
 from headrace.scan import Window, newest, reading
 from headrace.segments import read_footer
@@ -156,8 +156,10 @@ def materialize_arrived(
         progress: called with keys done and keys in all, after each chunk.
 
     Raises:
-        TransientError: other runs moved the mark again and again.
+        TransientError: other runs moved the mark again and again, or the view must not be written yet
+            (`headrace.online.unapplied`).
     """
+    expect_applied(store, contract)
     target = online_store(store)
     for _ in range(_TRIES):
         mark = target.read_mark(store.config, contract.feature_view) if isinstance(target, NewestWinsStore) else None
@@ -186,7 +188,11 @@ def materialize_window(
 
     Returns:
         How many keys were offered, and how many were written.
+
+    Raises:
+        TransientError: the view must not be written yet (`headrace.online.unapplied`).
     """
+    expect_applied(store, contract)
     folder = Folder.of(contract)
     return reading(
         folder.files,

@@ -29,6 +29,7 @@ from headrace.encode import (
     order_keys,
     schema_id,
 )
+from headrace.errors import TransientError
 from headrace.values import BINARY, canonical
 
 FeastRow = tuple[EntityKeyProto, dict[str, ValueProto], datetime, datetime | None]
@@ -160,10 +161,29 @@ def server_ids(store: FeatureStore) -> tuple[str, ...]:
     return target.server_ids(store.config) if isinstance(target, NewestWinsStore) else ()
 
 
-def is_applied(store: FeatureStore, contract: ViewContract) -> bool:
-    """See `NewestWinsStore`; other stores have nothing to take over."""
+def unapplied(store: FeatureStore, contract: ViewContract) -> str | None:
+    """Why a view must not be written yet, in words; None if it may be.
+
+    The registry has a changed view before the online store has emptied its new features: what is written of them until
+    then would be emptied, too.
+    """
     target = online_store(store)
-    return not isinstance(target, NewestWinsStore) or target.is_applied(store.config, contract.feature_view)
+    if not isinstance(target, NewestWinsStore) or target.is_applied(store.config, contract.feature_view):
+        return None
+    return (
+        f"feature view `{contract.name}` changed in the registry, and the online store has not taken it over yet; if no "
+        "`feast apply` is under way, run it again"
+    )
+
+
+def expect_applied(store: FeatureStore, contract: ViewContract) -> None:
+    """See `unapplied`.
+
+    Raises:
+        TransientError: the view must not be written yet.
+    """
+    if (why := unapplied(store, contract)) is not None:
+        raise TransientError(why)
 
 
 def has_features(known: Mapping[str, str | None], view: FeatureView) -> bool:

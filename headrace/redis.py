@@ -52,7 +52,7 @@ from headrace.online import (
     has_features,
     stock_order,
 )
-from headrace.redis_cluster import TIME_LIMITS, Answers, AsyncCluster, Cluster, acknowledged_by_all, call_each, scan
+from headrace.redis_cluster import Answers, AsyncCluster, Cluster, acknowledged_by_all, call_each, scan
 from headrace.redis_replicas import acknowledged, ask, connection_of
 from headrace.resp import as_bytes, commands
 from headrace.secret_files import filled
@@ -64,6 +64,7 @@ _ROWS_A_BLOCK, _BYTES_A_BLOCK = 5_000, 16_000_000  # are packed at once
 _ARGUMENTS_A_CALL = 4_000
 _BYTES_A_CALL = 1_000_000
 _KEYS_A_SCAN = 2_000
+_TIME_LIMITS = {"socket_timeout": 5.0, "socket_connect_timeout": 2.0}  # a server that hangs or is lost refuses nothing
 
 Result = TypeVar("Result")
 
@@ -244,12 +245,18 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
             with _naming(config, view):
                 self._take_types(config, view)
 
+    @staticmethod
+    def _parse_connection_string(connection_string: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
+        """Of Feast: the servers, and the options of the client. With time limits where it has none."""
+        nodes, options = RedisOnlineStore._parse_connection_string(connection_string)
+        return nodes, _TIME_LIMITS | options
+
     def _get_client(self, online_store_config: Any) -> Any:
         """Of Feast, with our client where it is a cluster."""
         if not self._client and online_store_config.redis_type == RedisType.redis_cluster:
             nodes, options = self._parse_connection_string(online_store_config.connection_string)
             options["startup_nodes"] = [ClusterNode(**node) for node in nodes]
-            self._client = Cluster(**(TIME_LIMITS | options))
+            self._client = Cluster(**options)
         return super()._get_client(online_store_config)
 
     async def _get_client_async(self, online_store_config: Any) -> Any:
@@ -257,7 +264,7 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         if not self._client_async and online_store_config.redis_type == RedisType.redis_cluster:
             nodes, options = self._parse_connection_string(online_store_config.connection_string)
             options["startup_nodes"] = [AsyncClusterNode(**node) for node in nodes]
-            self._client_async = AsyncCluster(**(TIME_LIMITS | options))
+            self._client_async = AsyncCluster(**options)
         return await super()._get_client_async(online_store_config)
 
     def _take_types(self, config: RepoConfig, view: FeatureView) -> None:

@@ -23,9 +23,6 @@ from redis.exceptions import AskError, MovedError, NoScriptError
 
 from headrace.redis_replicas import NotAcknowledgedError, acknowledge, answer, ask, connection_of, history_of
 
-TIME_LIMITS = {"socket_timeout": 5.0, "socket_connect_timeout": 2.0}
-"""Seconds, where a connection string has none: a host that is lost refuses nothing, and its replica serves soon."""
-
 _ROUNDS = 16
 _PAUSE_S = 0.02  # before it is sent again: servers hear of each other's slots a moment later
 _LOST_ROUNDS = 2  # a connection that was closed in between is opened anew; who waits for a failover is the caller
@@ -58,8 +55,9 @@ class Cluster(RedisCluster):
         Raises:
             RedisClusterException: nobody answers.
         """
-        for node in lost:
-            self.nodes_manager.move_node_to_end_of_cached_nodes(node.name)
+        with self.nodes_manager._lock:  # redis-py takes it only where it reads
+            for node in lost:
+                self.nodes_manager.move_node_to_end_of_cached_nodes(node.name)
         self.nodes_manager.initialize()
 
 

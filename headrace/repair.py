@@ -19,6 +19,7 @@ from headrace.contract import ViewContract
 from headrace.encode import EncodedRows, encode, encode_each
 from headrace.faults import reached
 from headrace.materialize import Materialized, Progress, holdings, materialize_arrived, set_back
+from headrace.online import expect_applied
 from headrace.scan import newest, reading
 
 
@@ -59,7 +60,9 @@ def repair(
 
     Raises:
         ConfigError: the online store is not one of ours.
+        TransientError: the view must not be written yet (`headrace.online.unapplied`).
     """
+    expect_applied(store, contract)
     kinds = (*FORWARD, *BACKWARD) if backwards else FORWARD
     begun = holdings(contract)
     mended: Counter[Kind] = Counter()
@@ -97,7 +100,11 @@ def withdraw(store: FeatureStore, contract: ViewContract, rows: pa.Table) -> Cou
 
     Returns:
         How many keys were replaced (`Kind.AHEAD`) and how many removed (`Kind.EXTRA`).
+
+    Raises:
+        TransientError: the view must not be written yet (`headrace.online.unapplied`).
     """
+    expect_applied(store, contract)
     target = auditable_store(store)
     gone = encode_each(contract, rows)
     asked = sorted(set(gone.keys))

@@ -199,10 +199,14 @@ class StreamIntake:
         Args:
             refused: why, by name.
         """
+        async with self._ending:  # an assignment that waits for another's end is not to be superseded: it begins then
+            if self._generation is None:
+                self._take_over(changed, refused)
+                return
         generation, partitions = self._generation, self._partitions
         assignment = await self._end_assignment(lambda: self._take_over(changed, refused))
-        if generation is None or assignment != self._assignment:
-            return  # an assignment that comes, or came meanwhile, begins with them
+        if assignment != self._assignment:
+            return  # the assignment that came meanwhile begins with them
         self._generation = generation
         starts = await asyncio.gather(*(self._begin_in_time(partition, assignment) for partition in sorted(partitions)))
         for partition, start in zip(sorted(partitions), starts, strict=True):

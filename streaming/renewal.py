@@ -19,7 +19,7 @@ from sqlalchemy import select
 
 from headrace.contract import ViewContract, load_transform
 from headrace.errors import ConfigError, HeadraceError
-from headrace.online import is_applied
+from headrace.online import unapplied
 from streaming.health import Fault, Health, Kind
 from streaming.settings import StreamConfig, View, check_formats, schema_registry
 from streaming.stores import Thread
@@ -78,12 +78,9 @@ def declared(config: StreamConfig, served: Mapping[str, View]) -> Declared:
             elif (later := _is_for_a_restart(contract, view.contract)) is not None:
                 views[name] = view
                 waiting.append(later)
-            elif not is_applied(store, contract):
+            elif (why := unapplied(store, contract)) is not None:
                 views[name] = view
-                waiting.append(
-                    f"feature view `{name}` changed in the registry, and the online store has not taken it over yet; "
-                    "if no `feast apply` is under way, run it again"
-                )
+                waiting.append(why)
             else:
                 _refuse(contract, view.contract)
                 views[name] = View(contract, load_transform(contract, settings.feature_repo))

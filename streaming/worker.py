@@ -18,7 +18,7 @@ import faust
 from faust.web.views import View as WebView
 
 from headrace.errors import ConfigError, HeadraceError, TransientError
-from headrace.online import server_ids
+from headrace.online import expect_applied, server_ids
 from headrace.place import place_of
 from headrace.repository import open_store
 from streaming import commands  # noqa: F401 - registers `emit` and `start` with Faust's command line
@@ -278,6 +278,7 @@ def check(config: StreamConfig, *, web: bool, host: str, port: int) -> None:
         raise TransientError(msg) from error
     for views in config.views.values():
         for view in views:
+            expect_applied(store, view.contract)
             folder = view.contract.directory
             try:
                 place_of(folder).prepare()

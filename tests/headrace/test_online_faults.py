@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from headrace.errors import ConfigError, TransientError
 from headrace.online import NewestWinsStore, online_store, server_ids, write_online
 from tests.headrace.views import EPOCH_US, applied, config, redis_online, rows, sqlite_online, view
 from tests.servers import Valkey, ValkeySentinel
+from tests.servers.valkey import ValkeyCluster
 
 KEYS = 5_000
 
@@ -180,6 +182,27 @@ def test_a_replica_that_is_not_there_is_waited_for_in_vain(tmp_path: Path, own_v
     assert write_online(store, contract, many(contract, 0, 1)) == 0
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
         config(tmp_path, waiting(own_valkey, -1)).online_store  # noqa: B018 - it is made when asked for
+
+
+@pytest.mark.parametrize("kind", ["redis", "redis_sentinel", "redis_cluster"])
+def test_a_server_that_hangs_is_not_waited_for_without_end(tmp_path: Path, kind: str) -> None:
+    """Unless the connection string says otherwise. Cluster and Sentinel have a server behind the client's back."""
+    with ExitStack() as stack:
+        if kind == "redis_cluster":
+            address = stack.enter_context(ValkeyCluster(1)).address
+        else:
+            server = stack.enter_context(Valkey())
+            address = server.address
+            if kind == "redis_sentinel":
+                address = stack.enter_context(ValkeySentinel(server)).address
+        for text, limits in (("", (5.0, 2.0)), (",socket_timeout=1,socket_connect_timeout=3", (1, 3))):
+            online = {**redis_online(address), "connection_string": f"{address}{text}", "redis_type": kind}
+            store = FeatureStore(config=config(tmp_path, online))
+            client = online_store(store)._get_client(store.config.online_store)
+            client = client.get_default_node().redis_connection if kind == "redis_cluster" else client
+            client.ping()
+            connection = client.connection_pool.get_connection()
+            assert (connection.socket_timeout, connection.socket_connect_timeout) == limits
 
 
 def test_replicas_of_another_server_than_was_written_to_do_not_count(

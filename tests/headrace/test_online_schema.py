@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +15,13 @@ from feast.data_format import ParquetFormat
 from feast.types import Float64, Int64, String
 
 from headrace.contract import ViewContract
+from headrace.days import replace_day
 from headrace.encode import Origin, stream_tails
+from headrace.errors import TransientError
+from headrace.materialize import materialize_arrived, materialize_window
 from headrace.online import NewestWinsStore, online_store, write_online
+from headrace.repair import repair, withdraw
+from headrace.scan import Window
 from tests.headrace.views import applied, config, redis_online, rows, sqlite_online, view
 
 VALUE, COUNT = Field(name="value", dtype=Float64), Field(name="count", dtype=Int64)
@@ -72,6 +78,31 @@ def test_a_writer_that_does_not_know_a_feature_yet_leaves_no_older_value_of_it(
     write_online(store, contract, rows(contract, [{"id": 1, "at": 1, "value": 1.0, "count": 5}]))
     write_online(old_store, old_contract, rows(old_contract, [{"id": 1, "at": 2, "value": 2.0}]))
     assert served(store, contract) == {"value": 2.0, "count": None}
+
+
+def test_a_changed_view_is_not_filled_before_its_apply_has_ended(
+    tmp_path: Path, online: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The apply would empty the new feature of what was filled in, and the mark would say that it is there."""
+    store, contract = apply(tmp_path, online, [VALUE])
+    with monkeypatch.context() as patch:
+        patch.setattr(type(online_store(store)), "update", lambda *_, **__: None)  # as if it was about to begin
+        store, contract = apply(tmp_path, online, [VALUE, COUNT])
+    table = rows(contract, [{"id": 1, "at": 1, "value": 1.0, "count": 5}])
+    replace_day(contract, date(2026, 3, 1), table)
+    fillings: list[Callable[[], Any]] = [
+        lambda: materialize_arrived(store, contract),
+        lambda: materialize_window(store, contract, Window()),
+        lambda: repair(store, contract),
+        lambda: withdraw(store, contract, table),
+    ]
+    for fill in fillings:
+        with pytest.raises(TransientError, match="`stats` changed in the registry, and the online store has not taken"):
+            fill()
+    store, contract = apply(tmp_path, online, [VALUE, COUNT])
+    for fill in fillings:
+        fill()
+    assert served(store, contract) == {"value": 1.0, "count": 5}
 
 
 def test_a_feature_of_another_type_is_null_until_it_is_written(tmp_path: Path, online: dict[str, Any]) -> None:

@@ -169,6 +169,13 @@ class ValkeyCluster(Startable):
         time.sleep(pause_s)
         self.close_slot(slot, to)
 
+    def migrate_slot(self, slot: int, to: Valkey) -> None:
+        """Let the servers move a slot by themselves, at once for those who ask."""
+        source, target = self._clients(slot, to)
+        name = target.execute_command("CLUSTER MYID")
+        source.execute_command("CLUSTER MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", name)
+        self._await(lambda: slot in self._slots(to))
+
     def lose(self, number: int, node_timeout_s: float = 1.5) -> None:
         """Kill a master, and return when its replica has been elected and all that run agree."""
         self.nodes[number].kill()

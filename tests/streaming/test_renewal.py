@@ -23,6 +23,7 @@ from feast.types import Float64, Int32, Int64, String
 
 from headrace.audit import audit
 from headrace.chains import Folder, StreamLedger, accepted_offsets
+from headrace.errors import TransientError
 from headrace.online import online_store
 from headrace.repository import contracts, open_store
 from headrace.segments import SegmentName, parse_name
@@ -30,12 +31,13 @@ from streaming.health import Health
 from streaming.intake import StreamIntake
 from streaming.renewal import Renewal, declared
 from streaming.slices import TopicPartition
+from streaming.worker import check
 from tests.conftest import EnvironmentFactory, RepositoryFactory, TopicFactory
 from tests.servers import Postgres, UnavailableError, feast_apply
 from tests.streaming.conftest import QUICK, Stream, StreamFactory
 from tests.streaming.oracle import contract_of, read_topic
 from tests.streaming.process import Worker, config_of, emit
-from tests.streaming.test_intake import Places
+from tests.streaming.test_intake import Places, lanes_at_work
 from tests.streaming.test_views import add_view
 
 pytestmark = pytest.mark.timeout(300)
@@ -257,6 +259,18 @@ def test_views_that_cannot_go_on_are_left_out_and_taken_in_again(make_stream: St
         add_view(stream, "another", stream.topic)
         await renewal.look()
         assert left_out() == "feature view `another` is new; start the worker again to serve it"
+        change(stream.repo, avg_daily_trips=Int64, tips=Float64)
+        places.moves.clear()
+        async with intake._ending:  # an assignment comes while the lanes of the one before still end
+            coming = asyncio.create_task(intake.assign(2, everything))
+            await asyncio.sleep(0)
+            looking = asyncio.create_task(renewal.look())
+            while len(intake._ending._waiters or ()) < 2:
+                await asyncio.sleep(0.01)
+        starts, _ = await asyncio.gather(coming, looking)
+        assert {*starts, *(place for place, _ in places.moves)} == everything
+        assert lanes_at_work() == 3 * 2 * 4
+        assert "tips" in intake.views["driver_stats"].contract.features
         await intake.release()
         intake.close()
 
@@ -281,6 +295,8 @@ def test_a_view_waits_for_its_apply_to_end(make_stream: StreamFactory, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(type(online), "update", lambda *_, **__: None)  # as if it ended there
         change(stream.repo, tips=Float64)
+    with pytest.raises(TransientError, match="the online store has not taken it over yet"):
+        check(config_of(stream.environment), web=False, host="", port=0)  # a worker that starts then
     served = {view.contract.name: view for views in config.views.values() for view in views}
     now = declared(config, served)
     assert now.views == served
