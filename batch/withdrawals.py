@@ -92,11 +92,14 @@ def _snapshots(folder: Path) -> list[tuple[Path, DayName]]:
 def _take_back(store: FeatureStore, contract: ViewContract, path: Path, progress: Callable[[int, int], None]) -> int:
     taken = done = 0
     with pq.ParquetFile(path) as file:
-        if not set(contract.schema.names) <= set(file.schema_arrow.names):
-            logger.warning("view `%s` has changed since it lost rows (%s): `Audit` tells", contract.name, path)
+        known = set(file.schema_arrow.names)
+        names = [field.name for field in contract.schema if field.name not in contract.features]
+        if not known.issuperset(names):
+            logger.warning("view `%s` has other keys since it lost rows (%s): `Audit` tells", contract.name, path)
             return 0
-        for batch in file.iter_batches(_ROWS_AT_ONCE):
-            rows = pa.Table.from_batches([batch]).select(contract.schema.names).cast(contract.schema)
+        schema = pa.schema(map(contract.schema.field, names))
+        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=names):
+            rows = pa.Table.from_batches([batch]).select(names).cast(schema)
             taken += withdraw(store, contract, rows).total()
             done += batch.num_rows
             progress(done, file.metadata.num_rows)

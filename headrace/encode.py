@@ -27,7 +27,7 @@ from headrace.values import BINARY, fixed, joined, one_array, rows_of, serialize
 ORDER_BYTES = 33
 """Event time 8, created time 8, kind 1, origin or schema and hash 16; big-endian: bytes compare as the order does."""
 
-_UNTIL_KIND = 17
+UNTIL_KIND = 17
 _UNTIL_SCHEMA = 21
 
 _KIND_STREAM = 1
@@ -166,7 +166,7 @@ def hash_tails(values: Mapping[str, pa.Array], schema: bytes) -> Tails:
 def schema_id(view: FeatureView) -> bytes:
     """Four bytes that tell apart what a view's features and their types were."""
     features = sorted(f"{feature.name}:{feature.dtype}" for feature in view.features)
-    return blake2b("\n".join(features).encode(), digest_size=_UNTIL_SCHEMA - _UNTIL_KIND).digest()
+    return blake2b("\n".join(features).encode(), digest_size=_UNTIL_SCHEMA - UNTIL_KIND).digest()
 
 
 def is_older(order: bytes, than: bytes) -> bool:
@@ -175,8 +175,8 @@ def is_older(order: bytes, than: bytes) -> bool:
     Hashes of rows that were encoded under different schemas say nothing of each other: then neither is older. So a row
     that is applied again after its view changed replaces itself.
     """
-    same_times = order[:_UNTIL_KIND] == than[:_UNTIL_KIND] and order[_UNTIL_KIND - 1 : _UNTIL_KIND] == b"\x00"
-    if same_times and order[_UNTIL_KIND:_UNTIL_SCHEMA] != than[_UNTIL_KIND:_UNTIL_SCHEMA]:
+    same_times = order[:UNTIL_KIND] == than[:UNTIL_KIND] and order[UNTIL_KIND - 1 : UNTIL_KIND] == b"\x00"
+    if same_times and order[UNTIL_KIND:_UNTIL_SCHEMA] != than[UNTIL_KIND:_UNTIL_SCHEMA]:
         return False
     return order < than
 

@@ -16,7 +16,7 @@ from feast import FeatureStore
 
 from headrace.audit import BACKWARD, EXAMPLES, FORWARD, Audit, Cut, Kind, Verdicts, auditable_store, note
 from headrace.contract import ViewContract
-from headrace.encode import EncodedRows, encode, encode_each
+from headrace.encode import UNTIL_KIND, EncodedRows, encode, encode_each
 from headrace.faults import reached
 from headrace.materialize import Materialized, Progress, holdings, materialize_arrived, set_back
 from headrace.online import expect_applied
@@ -95,8 +95,10 @@ def repair(
 def withdraw(store: FeatureStore, contract: ViewContract, rows: pa.Table) -> Counter[Kind]:
     """Take rows back that a day no longer has: where one of them is what is online, the newest offline row replaces it.
 
+    A row is known by key, event and created time: what it was encoded to changes with the view.
+
     Args:
-        rows: in the contract's schema, of no stream.
+        rows: of no stream; the columns of their keys and times, in the types of the contract's schema.
 
     Returns:
         How many keys were replaced (`Kind.AHEAD`) and how many removed (`Kind.EXTRA`).
@@ -106,11 +108,11 @@ def withdraw(store: FeatureStore, contract: ViewContract, rows: pa.Table) -> Cou
     """
     expect_applied(store, contract)
     target = auditable_store(store)
-    gone = encode_each(contract, rows)
-    asked = sorted(set(gone.keys))
-    stored = target.read_stored(store.config, contract.feature_view, asked)
-    withdrawn = set(zip(gone.keys, gone.order, strict=True))
-    hit = [i for i, at in enumerate(zip(stored.keys, stored.order, strict=True)) if at in withdrawn]
+    gone = encode_each(contract, _without_values(contract, rows))
+    withdrawn = {(key, order[:UNTIL_KIND]) for key, order in zip(gone.keys, gone.order, strict=True)}
+    stored = target.read_stored(store.config, contract.feature_view, sorted(set(gone.keys)))
+    orders = list(zip(stored.keys, stored.order, strict=True))
+    hit = [i for i, (key, order) in enumerate(orders) if order is not None and (key, order[:UNTIL_KIND]) in withdrawn]
     taken: Counter[Kind] = Counter()
     if not hit:
         return taken
@@ -121,8 +123,11 @@ def withdraw(store: FeatureStore, contract: ViewContract, rows: pa.Table) -> Cou
         lambda cut: (cut, _latest(contract, cut, rows)),
     )
     place = {key: i for i, key in enumerate(latest.keys)}
-    kept = np.array([i for i, key in enumerate(seen.keys) if key in place], dtype=np.int64)
+    others = [i for i, key in enumerate(seen.keys) if key in place and latest.order[place[key]] != seen.order[i]]
+    kept = np.array(others, dtype=np.int64)
     lost = np.array([i for i, key in enumerate(seen.keys) if key not in place], dtype=np.int64)
+    if not len(kept) and not len(lost):
+        return taken
     new = latest.take(np.array([place[seen.keys[i]] for i in kept], dtype=np.int64))
     set_back(store, contract, cut.holdings)
     reached("withdraw.1.mark set back")
@@ -141,6 +146,13 @@ def _mend(store: FeatureStore, contract: ViewContract, verdicts: Verdicts, wrong
     rows = np.array(wrong, dtype=np.int64)
     latest = None if verdicts.latest is None else verdicts.latest.take(rows)
     return target.replace_exact(store.config, contract.feature_view, verdicts.stored.take(rows), latest)
+
+
+def _without_values(contract: ViewContract, rows: pa.Table) -> pa.Table:
+    """The rows in the contract's schema, all features null."""
+    nulls = {name: pa.nulls(rows.num_rows, contract.schema.field(name).type) for name in contract.features}
+    columns = [nulls[name] if name in nulls else rows.column(name) for name in contract.schema.names]
+    return pa.Table.from_arrays(columns, schema=contract.schema)
 
 
 def _latest(contract: ViewContract, cut: Cut, rows: pa.Table) -> EncodedRows:

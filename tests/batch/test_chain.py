@@ -20,7 +20,9 @@ from batch import Audit, Backfill, Clean, ExploreAndValidate, Ingest, Materializ
 from batch.backfill import undo
 from batch.folder import DayFolder, read_json
 from batch.tasks import ChainTask
+from headrace.audit import audit
 from headrace.errors import ConfigError
+from headrace.repository import contracts, open_store
 from tests.batch.conftest import forget
 from tests.batch.place import GOOD, D, Place, build, good_rides, without_cache, zone_rows
 from tests.servers.repository import feast_apply
@@ -467,20 +469,34 @@ def _unwanted(*_: object, **__: object) -> None:
     raise AssertionError("must not run")
 
 
-def test_a_view_that_was_given_a_feature_goes_on(place: Place) -> None:
-    """A day that was published without the column is replaced, rows that it lost included."""
-    place.insert("rides", good_rides(D))
-    place.run("Materialize", "--view", "rides", "--date", str(D), "--local-scheduler")
+def test_a_view_that_changes_goes_on(place: Place, postgres: str) -> None:
+    """Where several hosts read one registry: a day that was published with other columns is replaced, and rows that it
+    lost leave both stores.
+    """
+    settings = place.repo / "feature_store.yaml"
+    former = "sqlite:///../data/registry.db"
+    settings.write_text(settings.read_text(encoding="utf-8").replace(former, postgres), encoding="utf-8")
     definitions = place.repo / "definitions.py"
-    remark = 'Field(name="remark", dtype=String),\n        '
-    text = definitions.read_text(encoding="utf-8")
-    definitions.write_text(text.replace('Field(name="grade"', remark + 'Field(name="grade"'), encoding="utf-8")
-    feast_apply(place.repo)
-    place.execute("UPDATE rides SET remark = 'x' WHERE rider = 'rider 3'")
-    place.execute("DELETE FROM rides WHERE rider = 'rider 4'")
-    run = D + timedelta(days=1)
-    place.run("Materialize", "--view", "rides", "--date", str(run), "--local-scheduler")
-    assert {row["rider"]: row["remark"] for row in place.offline("rides").to_pylist()} == {
-        f"rider {number}": "x" if number == 3 else None for number in range(20) if number != 4
-    }
-    assert pq.read_table(place.folder("rides", D, run) / "withdrawn.parquet").column("rider").to_pylist() == ["rider 4"]
+    remark, shared = (f'        Field(name="{name}"' for name in ("remark", "is_shared"))
+    for number, (old, now) in enumerate([("", ""), (shared, f"{remark}, dtype=String),\n{shared}"), (shared, "#")]):
+        text = definitions.read_text(encoding="utf-8")
+        definitions.write_text(text.replace(old, now) if old else text, encoding="utf-8")
+        feast_apply(place.repo)
+        if number == 0:
+            place.insert("rides", good_rides(D))
+        else:
+            place.execute(f"UPDATE rides SET remark = 'x' WHERE rider = 'rider {2 + number}'")
+            place.execute(f"DELETE FROM rides WHERE rider = 'rider {10 + number}'")
+        run = D + timedelta(days=number)
+        place.run("Materialize", "--view", "rides", "--date", str(run), "--local-scheduler")
+        kept = [n for n in range(20) if not 10 < n <= 10 + number]
+        remarks = [None if n not in (3, 4) or n > 2 + number else "x" for n in kept]
+        rows = {row["rider"]: row.get("remark") for row in place.offline("rides").to_pylist()}
+        assert rows == {f"rider {n}": remark for n, remark in zip(kept, remarks, strict=True)}
+        store = open_store(place.repo)
+        asked = [{"rider": f"rider {n}", "city_id": n % 3} for n in range(20)]
+        names = ["rides:distance_km", *(["rides:remark"] if number else [])]
+        answer = store.get_online_features(features=names, entity_rows=asked).to_dict()
+        assert answer["distance_km"] == [n / 4 if n in kept else None for n in range(20)]
+        assert not number or [answer["remark"][n] for n in kept] == remarks
+        assert audit(store, contracts(store, ["rides"])[0]).diverged == 0
