@@ -57,7 +57,7 @@ class Repository:
 
     Args:
         folder: made here; everything but what is in Redis is in it.
-        redis: `host:port`; None is SQLite.
+        redis: `host:port`, of a cluster several with commas between; None is SQLite.
         history: the URL of the view's folder in an object store, and its endpoint; None is a folder here.
     """
 
@@ -65,10 +65,11 @@ class Repository:
         self, folder: Path, topic: str, shape: Shape, redis: str | None, history: tuple[str, str] | None = None
     ) -> None:
         folder.mkdir(parents=True)
+        kind = "redis" if redis is None or redis.count(":") == 1 else "redis_cluster"
         online = (
             f"headrace.sqlite.HeadraceSqliteOnlineStore\n  path: {folder}/online.db"
             if redis is None
-            else f'headrace.redis.HeadraceRedisOnlineStore\n  connection_string: "{redis}"'
+            else f'headrace.redis.HeadraceRedisOnlineStore\n  connection_string: "{redis}"\n  redis_type: {kind}'
         )
         (folder / "feature_store.yaml").write_text(STORE.format(folder=folder, online=online), encoding="utf-8")
         self.folder = folder

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,7 @@ from benchmarks.measure import (
 from headrace.chains import files
 from tests.servers import Kafka, Valkey
 from tests.servers.brokers import fetch_jars
+from tests.servers.valkey import ValkeyCluster
 
 HEADS = ("what", "measured", "ratio", "bound", "met", "memory of the worker", "runs")
 PRODUCERS = 2
@@ -95,14 +97,18 @@ class Bench:
 
     Args:
         folder: for everything but Kafka's and Valkey's own; the caller removes it.
+        cluster: three masters; None if nothing is measured with it.
         runs: of the rows that have a bound on speed.
         scale: of the loads.
     """
 
-    def __init__(self, folder: Path, kafka: Kafka, valkey: Valkey, runs: int, scale: float) -> None:
+    def __init__(
+        self, folder: Path, kafka: Kafka, valkey: Valkey, cluster: ValkeyCluster | None, runs: int, scale: float
+    ) -> None:
         self.folder = folder
         self.kafka = kafka
         self.valkey = valkey
+        self._addresses = {"valkey": valkey.address, "cluster": None if cluster is None else cluster.address}
         self.runs = runs
         self.scale = scale
         self._begun = time.monotonic()
@@ -126,9 +132,10 @@ class Bench:
         print(f"[{time.monotonic() - self._begun:6.0f} s] {text}", flush=True)
 
     def empty_valkey(self) -> None:
-        """Remove everything from the server."""
-        with redis.Redis.from_url(f"redis://{self.valkey.address}") as client:
-            client.flushall()
+        """Remove everything from the servers."""
+        for address in ",".join(filter(None, self._addresses.values())).split(","):
+            with redis.Redis.from_url(f"redis://{address}") as client:
+                client.flushall()
 
     def operation(self, name: str, **arguments: Any) -> Worker:
         """A process with an operation prepared."""
@@ -162,12 +169,11 @@ class Bench:
         took_s = time.monotonic() - begun
         self.say(f"produced {load.count:,} events of {size / load.count:.0f} bytes to `{load.topic}`: {took_s:.1f} s")
 
-    def drain(self, name: str, load: Load, expected: Truth, *, with_redis: bool = True) -> Drained:
-        """Drain a topic with a Headrace worker into empty stores."""
+    def drain(self, name: str, load: Load, expected: Truth, online: str = "valkey") -> Drained:
+        """Drain a topic with a Headrace worker into empty stores, SQLite where `online` is no server's name."""
         self.empty_valkey()
         place = self.place()
-        address = self.valkey.address if with_redis else None
-        repo = Repository(place / "repo", load.topic, SHAPES[load.shape], address)
+        repo = Repository(place / "repo", load.topic, SHAPES[load.shape], self._addresses.get(online))
         found = drain(self.kafka.address, load, repo, expected, place / "worker.log")
         shutil.rmtree(place)
         self.say(
@@ -191,8 +197,8 @@ def backlogs(bench: Bench, names: Sequence[str]) -> list[Row]:
         for side in sides:
             load, expected = loads[side]
             name = f"{side}, run {number + 1} of {bench.runs}"
-            if side in ("valkey", "sqlite"):
-                found = bench.drain(name, load, expected, with_redis=side == "valkey")
+            if side in OURS:
+                found = bench.drain(name, load, expected, side)
                 ours[side].append(found)
                 took_s = found.seconds
             else:
@@ -205,9 +211,12 @@ def backlogs(bench: Bench, names: Sequence[str]) -> list[Row]:
     for side in sides:
         count, rate = short(loads[side][0].count), median(rates[side])
         what, bound, least = BACKLOG_ROWS[side]
-        if side in ("valkey", "sqlite"):
-            peak = max(ours[side], key=lambda found: found.memory.peak_bytes)
-            row = Row(f"{what}, {count} events", per_second(rate), "", bound, rate >= least, memory(peak), bench.runs)
+        if side in OURS:
+            peak = memory(max(ours[side], key=lambda found: found.memory.peak_bytes))
+            ratio = rate / reference
+            is_met = (ratio if side == "cluster" else rate) >= least
+            beside = f"{ratio:.2f}x" if side == "cluster" else ""
+            row = Row(f"{what}, {count} events", per_second(rate), beside, bound, is_met, peak, bench.runs)
         else:
             ratio = reference / rate
             row = Row(
@@ -354,8 +363,11 @@ def per_second(rate: float) -> str:
     return f"{float(f'{rate:.3g}'):,.0f}/s"
 
 
+OURS = ("valkey", "cluster", "sqlite")
+
 BACKLOGS: dict[str, tuple[str, int]] = {
     "valkey": ("drivers", 2 * MILLION),
+    "cluster": ("drivers", 2 * MILLION),
     "sqlite": ("drivers", 2 * MILLION),
     "quix": ("drivers-quix", 300_000),
     "stock": ("drivers-stock", 50_000),
@@ -365,6 +377,7 @@ BACKLOGS: dict[str, tuple[str, int]] = {
 
 BACKLOG_ROWS: dict[str, tuple[str, str, float]] = {
     "valkey": ("Headrace: backlog to Redis and Parquet", "≥ 130,000/s", 130_000),
+    "cluster": ("Headrace: backlog to a Redis Cluster of three masters and Parquet", "≥ 0.7x", 0.7),
     "sqlite": ("Headrace: backlog to SQLite and Parquet", "≥ 60,000/s", 60_000),
     "quix": ("Quix Streams: Redis sink and Parquet file sink", "≥ 3x", 3),
     "stock": ("stock Faust agent: Feast's push to Redis and Parquet", "≥ 20x", 20),
@@ -425,11 +438,16 @@ def main() -> int:
     try:
         if any(name in arguments.only for name in ("quix", "bare")):
             peers.peers_python()
-        with Kafka(heap="1g") as kafka, Valkey(program=redis_program()) as valkey:
+        with ExitStack() as stack:
+            kafka = stack.enter_context(Kafka(heap="1g"))
+            valkey = stack.enter_context(Valkey(program=redis_program()))
+            cluster = ValkeyCluster(program=redis_program()) if "cluster" in arguments.only else None
+            if cluster is not None:
+                stack.enter_context(cluster)
             with redis.Redis.from_url(f"redis://{valkey.address}") as client:
                 servers = f"Apache Kafka {kafka_version()}, {redis_version(client.info())}"
             print(f"{machine()}; {servers}", flush=True)
-            bench = Bench(folder, kafka, valkey, arguments.runs, arguments.scale)
+            bench = Bench(folder, kafka, valkey, cluster, arguments.runs, arguments.scale)
             if any(name in arguments.only for name in BACKLOGS):
                 rows += backlogs(bench, arguments.only)
             for name, measure in OTHERS.items():

@@ -28,6 +28,7 @@ ORDER_BYTES = 33
 """Event time 8, created time 8, kind 1, origin or schema and hash 16; big-endian: bytes compare as the order does."""
 
 UNTIL_KIND = 17
+"""Before it a row's times and kind."""
 _UNTIL_SCHEMA = 21
 
 _KIND_STREAM = 1

@@ -222,7 +222,8 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
         with _naming(config, view):
             client = self._get_client(config.online_store)
             if isinstance(client, Cluster):
-                (is_done,) = call_each(client, scripts.SWAP, [key], [arguments], Answers(client, 0))
+                head = [argument.encode() for argument in arguments]
+                (is_done,) = call_each(client, scripts.SWAP, [key], head, [], Answers(client, 0))
             else:
                 is_done = client.register_script(scripts.SWAP)(keys=[key], args=arguments)
             return bool(is_done)
@@ -342,8 +343,7 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
                 of_rows = [column[one] for column in columns]
                 if not isinstance(client, Cluster):
                     return [client.register_script(script)(keys=keys[one], args=_arguments(head, of_rows))]
-                rows = zip(*map(to_list, of_rows), strict=True) if of_rows else [()] * len(keys[one])
-                return call_each(client, script, keys[one], [(*head, *row) for row in rows], noted)
+                return call_each(client, script, keys[one], head, of_rows, noted)
 
             for replies in _at_once(call, _calls(_sizes(len(keys), columns), max(len(columns), width))):
                 yield from replies

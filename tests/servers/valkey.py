@@ -88,13 +88,15 @@ class ValkeyCluster(Startable):
     Args:
         masters: how many.
         is_replicated: whether each has a replica.
+        program: see `Valkey`.
 
     Attributes:
         nodes: the masters.
         replicas: theirs, in the same order.
     """
 
-    def __init__(self, masters: int = 3, *, is_replicated: bool = False) -> None:
+    def __init__(self, masters: int = 3, *, is_replicated: bool = False, program: str | None = None) -> None:
+        self._program = program
         self._bus_ports: dict[Valkey, int] = {}
         nodes = [self._node() for _ in range(masters * (1 + is_replicated))]
         self.nodes, self.replicas = nodes[:masters], nodes[masters:]
@@ -234,7 +236,8 @@ class ValkeyCluster(Startable):
             "cluster-port": port,
             "repl-diskless-sync-delay": 0,
         }
-        node = Valkey(tuple(word for name, value in options.items() for word in (f"--{name}", str(value))))
+        words = tuple(word for name, value in options.items() for word in (f"--{name}", str(value)))
+        node = Valkey(words, self._program)
         self._bus_ports[node] = port
         return node
 
