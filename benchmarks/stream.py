@@ -97,13 +97,13 @@ class Bench:
 
     Args:
         folder: for everything but Kafka's and Valkey's own; the caller removes it.
-        cluster: three masters; None if nothing is measured with it.
         runs: of the rows that have a bound on speed.
         scale: of the loads.
+        cluster: None if nothing is measured with it.
     """
 
     def __init__(
-        self, folder: Path, kafka: Kafka, valkey: Valkey, cluster: ValkeyCluster | None, runs: int, scale: float
+        self, folder: Path, kafka: Kafka, valkey: Valkey, runs: int, scale: float, cluster: ValkeyCluster | None = None
     ) -> None:
         self.folder = folder
         self.kafka = kafka
@@ -447,7 +447,7 @@ def main() -> int:
             with redis.Redis.from_url(f"redis://{valkey.address}") as client:
                 servers = f"Apache Kafka {kafka_version()}, {redis_version(client.info())}"
             print(f"{machine()}; {servers}", flush=True)
-            bench = Bench(folder, kafka, valkey, cluster, arguments.runs, arguments.scale)
+            bench = Bench(folder, kafka, valkey, arguments.runs, arguments.scale, cluster)
             if any(name in arguments.only for name in BACKLOGS):
                 rows += backlogs(bench, arguments.only)
             for name, measure in OTHERS.items():

@@ -171,8 +171,8 @@ def unapplied(store: FeatureStore, contract: ViewContract) -> str | None:
     if not isinstance(target, NewestWinsStore) or target.is_applied(store.config, contract.feature_view):
         return None
     return (
-        f"feature view `{contract.name}` changed in the registry, and the online store has not taken it over yet; if no "
-        "`feast apply` is under way, run it again"
+        f"feature view `{contract.name}` changed in the registry, and the online store has not taken it over yet; if "
+        "no `feast apply` is under way, run it again"
     )
 
 

@@ -247,7 +247,7 @@ class HeadraceRedisOnlineStore(RedisOnlineStore):
                 self._take_types(config, view)
 
     @staticmethod
-    def _parse_connection_string(connection_string: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    def _parse_connection_string(connection_string: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Of Feast: the servers, and the options of the client. With time limits where it has none."""
         nodes, options = RedisOnlineStore._parse_connection_string(connection_string)
         return nodes, _TIME_LIMITS | options

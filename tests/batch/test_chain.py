@@ -470,9 +470,7 @@ def _unwanted(*_: object, **__: object) -> None:
 
 
 def test_a_view_that_changes_goes_on(place: Place, postgres: str) -> None:
-    """Where several hosts read one registry: a day that was published with other columns is replaced, and rows that it
-    lost leave both stores.
-    """
+    """A day that was published with other columns is replaced; rows that it lost leave both stores."""
     settings = place.repo / "feature_store.yaml"
     former = "sqlite:///../data/registry.db"
     settings.write_text(settings.read_text(encoding="utf-8").replace(former, postgres), encoding="utf-8")
