@@ -51,8 +51,8 @@ def test_two_workers_while_slots_move_and_masters_are_lost(
         load.start()
         try:
             chance = random.Random(1)
-            first.wait(lambda: len(slots_with_keys(cluster)) > 15, 30, "serving")
-            for slot in chance.sample(sorted(slots_with_keys(cluster)), 15):
+            first.wait(lambda: len(slots_with_keys(cluster)) > 8, 30, "serving")
+            for slot in chance.sample(sorted(slots_with_keys(cluster)), 8):
                 target = chance.choice([node for node in cluster.nodes if node is not cluster.owner(slot)])
                 cluster.move_slot(slot, target, pause_s=0.05)
             cluster.lose(1)
