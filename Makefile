@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock check docs format test campaign campaign-stores campaign-batch chaos fuzz package demo up bench bench-stream bench-stores bench-batch clean
+.PHONY: help setup lock check docs format test campaign campaign-stores campaign-batch chaos fuzz package demo up bench bench-stream bench-stores bench-batch bench-objects clean
 
 VENV ?= .venv
 STAMP := $(VENV)/.headrace-setup
@@ -104,6 +104,9 @@ bench-stores: setup ## the benchmark of both stores in full, into docs/explanati
 
 bench-batch: setup ## the benchmark of the batch chain on a real PostgreSQL in full, into docs/explanation/benchmarks.md (about 15 minutes)
 	$(PYTHON) -m benchmarks.batch --write docs/explanation/benchmarks.md
+
+bench-objects: setup ## the history in an object store beside a local folder in full, into docs/explanation/benchmarks.md (about ten minutes)
+	$(PYTHON) -m benchmarks.objects --write docs/explanation/benchmarks.md
 
 package: setup ## build the wheel and the source archive into dist/
 	rm -rf build dist
