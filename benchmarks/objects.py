@@ -1,6 +1,6 @@
 """The history in an object store beside a local folder, in the same run: appends, and a drain of the worker.
 
-    python -m benchmarks.objects [--only appends drain] [--runs 3] [--scale 1.0] [--write docs/explanation/benchmarks.md]
+    python -m benchmarks.objects [--only appends] [--runs 3] [--scale 1.0] [--write docs/explanation/benchmarks.md]
 
 The server is `versitygw` on the loopback, so what a network adds is not in it: count its round trips, three an append.
 `--scale` makes all of it smaller, to try things; the bounds are meant for 1.
