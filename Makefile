@@ -69,6 +69,8 @@ test: setup ## all tests, on real servers (options: make test ARGS="-k ledger")
 campaign: setup ## 200,000 events through a real Kafka, once in peace and once with ten kill -9 (about three minutes)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_KILLS=10 HEADRACE_TEST_EVENTS=200000 \
 	    $(PYTHON) -m pytest -s tests/streaming/test_kafka.py -k "every_event or kill_9" $(ARGS)
+	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_KILLS=10 HEADRACE_TEST_EVENTS=20000 \
+	    $(PYTHON) -m pytest -s tests/streaming/test_objects.py -k kill_9 $(ARGS)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_LOGINS=all $(PYTHON) -m pytest tests/streaming/test_security.py $(ARGS)
 
 chaos: setup ## everything goes wrong at once, 100 kill -9 and more, and one by one (about 45 minutes)
