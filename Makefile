@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock check docs format test campaign campaign-stores campaign-batch chaos fuzz package demo up bench bench-stream bench-stores bench-batch bench-scale clean
+.PHONY: help setup lock check docs format test campaign campaign-stores campaign-batch chaos fuzz package demo up bench bench-stream bench-stores bench-batch bench-objects bench-scale clean
 
 VENV ?= .venv
 STAMP := $(VENV)/.headrace-setup
@@ -69,6 +69,8 @@ test: setup ## all tests, on real servers (options: make test ARGS="-k ledger")
 campaign: setup ## 200,000 events through a real Kafka, once in peace and once with ten kill -9 (about three minutes)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_KILLS=10 HEADRACE_TEST_EVENTS=200000 \
 	    $(PYTHON) -m pytest -s tests/streaming/test_kafka.py -k "every_event or kill_9" $(ARGS)
+	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_KILLS=10 HEADRACE_TEST_EVENTS=20000 \
+	    $(PYTHON) -m pytest -s tests/streaming/test_objects.py -k kill_9 $(ARGS)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_LOGINS=all $(PYTHON) -m pytest tests/streaming/test_security.py $(ARGS)
 
 chaos: setup ## everything goes wrong at once, 100 kill -9 and more, and one by one (about 45 minutes)
@@ -104,6 +106,9 @@ bench-stores: setup ## the benchmark of both stores in full, into docs/explanati
 
 bench-batch: setup ## the benchmark of the batch chain on a real PostgreSQL in full, into docs/explanation/benchmarks.md (about 15 minutes)
 	$(PYTHON) -m benchmarks.batch --write docs/explanation/benchmarks.md
+
+bench-objects: setup ## the history in an object store beside a local folder in full, into docs/explanation/benchmarks.md (about ten minutes)
+	$(PYTHON) -m benchmarks.objects --write docs/explanation/benchmarks.md
 
 bench-scale: setup ## what an event costs, and the model that plans larger loads by it, into docs/scale.md (about ten minutes)
 	$(PYTHON) -m benchmarks.scale --write docs/scale.md

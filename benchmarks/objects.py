@@ -1,116 +1,208 @@
-"""The history in an object store beside a local folder, in the same run: an append, and a drain of the worker.
+"""The history in an object store beside a local folder, in the same run: appends, and a drain of the worker.
 
-    python -m benchmarks.objects [--objects 100000] [--appends 100] [--events 1000000] [--runs 3]
+    python -m benchmarks.objects [--only appends] [--runs 3] [--scale 1.0] [--write docs/explanation/benchmarks.md]
 
 The server is `versitygw` on the loopback, so what a network adds is not in it: count its round trips, three an append.
+`--scale` makes all of it smaller, to try things; the bounds are meant for 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import signal
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import pyarrow as pa
+import redis
 
 from benchmarks.drain import Repository, drain
 from benchmarks.events import DRIVERS, PARTITIONS, Load, produce, truth
-from benchmarks.measure import table
+from benchmarks.measure import (
+    MILLION,
+    MeasureError,
+    measured,
+    milliseconds,
+    redis_program,
+    redis_version,
+    seconds,
+    short,
+    table,
+    words_of,
+    write_between,
+)
 from headrace.chains import Folder, StreamLedger
 from headrace.contract import ViewContract
 from headrace.segments import Footer, SegmentName, create, new_append_id, stream_chain
 from tests.servers import Kafka, ObjectStore, Valkey
+from tests.servers.s3 import VERSION
 
+OBJECTS = 100_000
+APPENDS = 100
 ROWS_AN_APPEND = 1_000
+AT_ONCE = 16
 BUCKET = "benchmark"
 TOPIC = "appends"
+HEADS = ("what", "local folder", "object store", "ratio", "bound", "met", "runs")
+PACKAGES = ("obstore", "pyarrow", "feast")
+FLAT, AS_LOCAL = 1.2, 0.7
 
 
-def main() -> None:
-    """Run, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--objects", type=int, default=100_000)
-    parser.add_argument("--appends", type=int, default=100)
-    parser.add_argument("--events", type=int, default=1_000_000)
-    parser.add_argument("--runs", type=int, default=3)
-    chosen = parser.parse_args()
-    with ObjectStore() as store, tempfile.TemporaryDirectory() as home:
-        os.environ.update(store.credentials())
-        store.bucket(BUCKET)
-        rows = _appends(Path(home), store, chosen.objects, chosen.appends)
-        rows += _drains(Path(home), store, chosen.events, chosen.runs)
-    print(table(["", "local folder", "object store"], rows))
+@dataclass
+class Bench:
+    """What the rows share."""
+
+    folder: Path
+    store: ObjectStore
+    valkey: Valkey
+    runs: int
+    scale: float
 
 
-def _appends(home: Path, store: ObjectStore, objects: int, appends: int) -> list[list[str]]:
-    """Median of an append of some rows, beside nothing and beside many."""
-    local = Repository(home / "local", TOPIC, DRIVERS, None).contract
-    remote = Repository(home / "remote", TOPIC, DRIVERS, None, (f"s3://{BUCKET}/appends", store.url)).contract
-    rows = []
-    for count in (0, objects):
-        found = []
-        for contract in (local, remote):
-            _fill(contract, count)
-            found.append(f"{_append_s(contract, appends) * 1000:.1f} ms")
-        rows.append([f"append of {ROWS_AN_APPEND:,} rows beside {count:,} files", *found])
-    return rows
+def appends(bench: Bench) -> list[list[str]]:
+    """Median of an append, and the first one of a worker: beside many files and beside none, in turn."""
+    count = round(OBJECTS * bench.scale)
+    first_s: dict[str, list[float]] = {}
+    later_s: dict[str, list[float]] = {}
+    for side in ("local", "remote"):
+        contracts = [_contract(bench, f"{side}-{amount}", is_remote=side == "remote") for amount in ("many", "none")]
+        begun = time.monotonic()
+        _fill(contracts[0], count)
+        print(f"{side}: {count:,} files in {time.monotonic() - begun:.0f} s", flush=True)
+        runs = [_append_s(contract, first) for contract, first in zip(contracts, (count, 0), strict=True)]
+        took = list(zip(*runs, strict=True))  # one here, one there
+        first_s[side] = list(took[0])
+        later_s[side] = [median(figures) for figures in zip(*took[1:], strict=True)]
+    beside = f"beside {short(count)} files / none"
+    ratio = later_s["remote"][0] / later_s["remote"][1]
+    return [
+        [
+            f"append of {ROWS_AN_APPEND:,} rows, {beside}",
+            *(" / ".join(map(milliseconds, took)) for took in later_s.values()),
+            f"{ratio:.2f}x",
+            f"≤ {FLAT}x",
+            words_of(ratio <= FLAT),
+            str(APPENDS),
+        ],
+        [
+            f"the first one of a worker, nothing merged, {beside}",
+            *(" / ".join(map(seconds, took)) for took in first_s.values()),
+            *("", "", "", "1"),
+        ],
+    ]
 
 
-def _fill(contract: ViewContract, count: int) -> None:
-    """Extend the chain by so many segments without rows, many at a time."""
-    folder, nothing = Folder.of(contract), contract.schema.empty_table()
-    start = StreamLedger(contract, TOPIC, 0).end().end
-
-    def make(number: int) -> None:
-        name = SegmentName(stream_chain(TOPIC, 0, 0), 0, start + number)
-        create(folder.path_of(name), nothing, Footer(next=start + number + 1, append=new_append_id()))
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(make, range(count)))
-
-
-def _append_s(contract: ViewContract, appends: int) -> float:
-    ledger = StreamLedger(contract, TOPIC, 0)
-    first = ledger.end().end
-    columns = [pa.array(np.zeros(ROWS_AN_APPEND, dtype=np.int64)).cast(field.type) for field in contract.schema]
-    rows = pa.Table.from_arrays(columns, schema=contract.schema)
-    took = []
-    for number in range(appends + 1):
-        start = first + number * ROWS_AN_APPEND
-        accepted = np.arange(start, start + ROWS_AN_APPEND)
-        begun = time.perf_counter()
-        ledger.append(0, start, start + ROWS_AN_APPEND, rows, accepted=accepted)
-        took.append(time.perf_counter() - begun)
-    return median(took[1:])  # the first looks for the end
-
-
-def _drains(home: Path, store: ObjectStore, events: int, runs: int) -> list[list[str]]:
+def drains(bench: Bench) -> list[list[str]]:
     """Events a second that a worker brings to both stores, the history here and there in turn."""
-    with Kafka() as kafka, Valkey(("--databases", "1000")) as valkey:
+    events = round(MILLION * bench.scale)
+    found: dict[str, list[float]] = {"local": [], "remote": []}
+    make: dict[str, Callable[[str], tuple[str, str] | None]] = {
+        "local": lambda _: None,
+        "remote": lambda name: (f"s3://{BUCKET}/{name}", bench.store.url),
+    }
+    with Kafka(heap="1g") as kafka:
         topic = kafka.create_topic("drain", partitions=PARTITIONS)
         load = Load(topic, DRIVERS.name, events, time.time_ns() // 1000)
         produce(kafka.address, load, range(PARTITIONS))
         expected = truth(load, 1_000)
-        found: dict[str, list[float]] = {"local": [], "remote": []}
-        make: dict[str, Callable[[str], tuple[str, str] | None]] = {
-            "local": lambda _: None,
-            "remote": lambda name: (f"s3://{BUCKET}/{name}", store.url),
-        }
-        for run in range(runs):
+        for run in range(bench.runs):
             for side, history in make.items():
                 name = f"drain-{side}-{run}"
-                online = f"{valkey.address},db={run * 2 + (side == 'remote')}"
-                repo = Repository(home / name, topic, DRIVERS, online, history(name))
-                found[side].append(events / drain(kafka.address, replace(load), repo, expected, home / "log").seconds)
-    return [["worker, events/s", *(f"{median(figures):,.0f}" for figures in found.values())]]
+                online = f"{bench.valkey.address},db={run * 2 + (side == 'remote')}"
+                repo = Repository(bench.folder / name, topic, DRIVERS, online, history(name))
+                done = drain(kafka.address, replace(load), repo, expected, bench.folder / "log")
+                found[side].append(events / done.seconds)
+                print(f"{name}: {found[side][-1]:,.0f} events/s", flush=True)
+    local, remote = (median(figures) for figures in found.values())
+    return [
+        [
+            f"backlog of {short(events)} events, Redis",
+            f"{local:,.0f}/s",
+            f"{remote:,.0f}/s",
+            f"{remote / local:.2f}x",
+            f"≥ {AS_LOCAL}x",
+            words_of(remote / local >= AS_LOCAL),
+            str(bench.runs),
+        ]
+    ]
+
+
+ROWS: dict[str, Callable[[Bench], list[list[str]]]] = {"appends": appends, "drain": drains}
+
+
+def _contract(bench: Bench, name: str, *, is_remote: bool) -> ViewContract:
+    """A view of a repository of its own."""
+    history = (f"s3://{BUCKET}/{name}", bench.store.url) if is_remote else None
+    return Repository(bench.folder / name, TOPIC, DRIVERS, None, history).contract
+
+
+def _fill(contract: ViewContract, count: int) -> None:
+    """Begin a chain with so many segments without rows, many at a time."""
+    folder, nothing = Folder.of(contract), contract.schema.empty_table()
+
+    def make(position: int) -> None:
+        name = SegmentName(stream_chain(TOPIC, 0, 0), 0, position)
+        create(folder.path_of(name), nothing, Footer(next=position + 1, append=new_append_id()))
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for _ in pool.map(make, range(count)):
+            pass
+
+
+def _append_s(contract: ViewContract, first: int) -> Iterator[float]:
+    """How long each append of a new worker takes; the first looks for the end, and would refuse to leave a hole."""
+    ledger = StreamLedger(contract, TOPIC, 0)
+    columns = [pa.array(np.zeros(ROWS_AN_APPEND, dtype=np.int64)).cast(field.type) for field in contract.schema]
+    rows = pa.Table.from_arrays(columns, schema=contract.schema)
+    for start in range(first, first + (APPENDS + 1) * ROWS_AN_APPEND, ROWS_AN_APPEND):
+        accepted = np.arange(start, start + ROWS_AN_APPEND)
+        begun = time.perf_counter()
+        ledger.append(0, start, start + ROWS_AN_APPEND, rows, accepted=accepted)
+        yield time.perf_counter() - begun
+
+
+def main() -> int:
+    """Measure the rows asked for and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.objects", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="which measurements; all of them")
+    parser.add_argument("--runs", type=int, default=3, help="of each drain; 3")
+    parser.add_argument("--scale", type=float, default=1.0, help="of files and events; 1")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of a file")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers and data go too
+    folder = Path(tempfile.mkdtemp(prefix="headrace-objects-"))
+    begun = time.monotonic()
+    rows: list[list[str]] = []
+    try:
+        with ObjectStore() as store, Valkey(("--databases", "1000"), program=redis_program()) as valkey:
+            os.environ.update(store.credentials())
+            store.bucket(BUCKET)
+            with redis.Redis.from_url(f"redis://{valkey.address}") as client:
+                servers = f"versitygw {VERSION}, {redis_version(client.info())}"
+            bench = Bench(folder, store, valkey, arguments.runs, arguments.scale)
+            for name in arguments.only:
+                rows += ROWS[name](bench)
+        took_s = time.monotonic() - begun
+        text = f"{table(HEADS, rows)}\n\n{measured(arguments.scale, took_s, servers, PACKAGES)}"
+        print(f"\n{text}")
+        if arguments.write is not None:
+            write_between(arguments.write, "objects", text)
+    except MeasureError as error:
+        print(f"benchmarks.objects: {error}", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -367,6 +367,8 @@ def _due(folder: Folder, chain: Chain, before_s: float) -> list[File]:
     waiting: set[int] = set()
     for segment in sorted(folder.segments(chain.name)):
         place = bisect.bisect_right(firsts, segment.first) - 1
+        if segment.first >= chain.end:
+            continue  # it came after the chain was looked at
         if segment in valid or segment.level in waiting or place < 0 or chain.valid[place].level <= segment.level:
             continue
         path, cover = folder.path_of(segment), folder.path_of(chain.valid[place])

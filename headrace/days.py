@@ -65,8 +65,7 @@ def replace_day(
 
 def remove_superseded(folder: Folder, day: date) -> None:
     """Remove the snapshots of a day that a newer one replaced."""
-    own = sorted(name for name in folder.names() if isinstance(name, DayName) and name.day == day)
-    remove(*map(folder.path_of, own[:-1]), step="day.6.old-removed")
+    remove(*map(folder.path_of, folder.snapshots(day)[:-1]), step="day.6.old-removed")
 
 
 def content_hash(table: pa.Table) -> str:

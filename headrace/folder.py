@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
@@ -207,6 +207,11 @@ class Folder:
 
         return self.settled(read)
 
+    def snapshots(self, day: date) -> list[DayName]:
+        """All snapshots of a day, ascending: the last counts."""
+        names = map(parse_name, self._entries(f"batch-{day.isoformat()}-"))
+        return sorted(name for name in names if isinstance(name, DayName) and name.day == day)
+
     def files(self) -> list[File]:
         """Every valid file with rows or without: chains, then days, then foreign files. What a reader must open."""
 
@@ -256,15 +261,12 @@ class Folder:
         """The chains that begin with a prefix, by their number; those that have none are left out.
 
         Args:
-            number: the number of a chain by its name, which is the prefix and the number. The numbers begin at 0, and
-                none is missing.
+            number: the number of a chain by its name.
         """
-        found: dict[int, str] = {}
         if isinstance(self.place, ObjectPlace):
-            while _has_file(self.place, chain := f"{prefix}{len(found)}"):
-                found[len(found)] = chain
-            return found
-        names = {name for entry in self._entries() if (name := chain_of(entry)) is not None}
+            names = set(_chains_behind(self.place, prefix, number))
+        else:
+            names = {name for entry in self._entries() if (name := chain_of(entry)) is not None}
         return {n: name for name in names if (n := number(name)) is not None}
 
     def _counting(self, chain: str) -> list[SegmentName]:
@@ -342,12 +344,18 @@ def horizons(folder: Folder) -> Mapping[str, int]:
     return folder.settled(read)
 
 
-def _has_file(place: ObjectPlace, chain: str) -> bool:
-    """Whether a chain has any; without a listing of all of them. The first digit of a position is always 0."""
-    return any(
-        place.first(f"{chain}-{level}-0", f"{chain}-{level}-0.", lambda name: chain_of(name) == chain)
-        for level in LEVELS
-    )
+def _chains_behind(place: ObjectPlace, prefix: str, number: Callable[[str], int | None]) -> Iterator[str]:
+    """The chains whose names begin with a prefix, without a listing of all their files: one request a chain, and one.
+
+    Of a chain that has no number a level at a time is passed by: names of one that has may lie between the levels.
+    """
+    after = prefix
+    while (entry := place.first(prefix, after, lambda entry: chain_of(entry) is not None)) is not None:
+        chain = chain_of(entry) or ""
+        yield chain
+        is_wanted = number(chain) is not None
+        # The first digit of a position is 0, always; and `:` follows 9.
+        after = f"{chain}-{LEVELS[-1] + 1}" if is_wanted else f"{entry[: len(chain) + 3]}0:"
 
 
 def _segments(chain: str, entries: Iterable[str]) -> list[SegmentName]:

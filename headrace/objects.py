@@ -46,6 +46,8 @@ _MESSAGE = re.compile(r"<Message>([^<]{1,300})</Message>")
 _DENIED = re.compile(r"status code:? 40[13]\b")
 _REFUSALS = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _STATUS = re.compile(r"status code:? (\d{3}[A-Za-z ]{0,40})")
+_SECRET = re.compile(r"[^\s/\"'(]+@|\?\S+")
+"""What of a URL may be one: who asks, and a signature in its query."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -102,7 +104,11 @@ class ObjectPath:
             known = ", ".join(f"{scheme}://bucket/prefix" for scheme in SCHEMES)
             msg = f"expected the path of a folder or one of {known}, found {scheme}://{name.rpartition('@')[2]}"
             raise ConfigError(msg)
-        return cls(Bucket(scheme, name, (endpoint or None) if scheme == "s3" else None), key.strip("/"))
+        key = key.rstrip("/")
+        if key and {"", ".", ".."} & set(key.split("/")):
+            msg = f"{url}: expected the prefix as the store has it, found a `//`, `.` or `..` in it; leave that out"
+            raise ConfigError(msg)
+        return cls(Bucket(scheme, name, (endpoint or None) if scheme == "s3" else None), key)
 
     def __str__(self) -> str:
         return f"{self.bucket}/{self.key}" if self.key else str(self.bucket)
@@ -252,6 +258,26 @@ def check(folder: ObjectPath) -> None:
         raise ConfigError(str(error)) from None
 
 
+def check_exclusive(path: ObjectPath) -> None:
+    """See that the store makes an object once, by one that stays: on that rests that of two writers one wins.
+
+    Raises:
+        ConfigError: it makes it a second time, or refuses the credentials.
+        TransientError: the store does not answer.
+    """
+    try:
+        is_again = create(path, b"Headrace") and create(path, b"Headrace")
+    except _RefusedError as error:
+        raise ConfigError(str(error)) from None
+    if is_again:
+        msg = (
+            f"{path}: expected {_where(path)} to refuse a PUT with `If-None-Match: *` where there is an object, "
+            "it makes an object a second time: two writers would both believe that they won; use another store, "
+            "or a newer version of it"
+        )
+        raise ConfigError(msg)
+
+
 class ObjectReader(io.RawIOBase):
     """The bytes of one object, for readers that seek. Reads ahead a little.
 
@@ -357,12 +383,22 @@ def _is_plain(bucket: Bucket) -> bool:
     """Whether the store is asked without encryption.
 
     Raises:
-        ConfigError: it would be, and is not on this machine.
+        ConfigError: it would be, and is not on this machine; or its endpoint is no URL.
     """
     endpoint = _endpoint(bucket) if bucket.scheme == "s3" else None
-    if endpoint is None or not endpoint.startswith("http://"):
+    if endpoint is None:
         return False
-    host = urlsplit(endpoint).hostname or ""
+    try:
+        url = urlsplit(endpoint)
+        is_url = url.scheme in {"http", "https"} and bool(url.hostname) and url.port != 0 and "@" not in url.netloc
+    except ValueError:
+        is_url = False
+    if not is_url:
+        msg = f"{bucket}: expected an endpoint like https://host:port, found {_SECRET.sub('***@', endpoint)}"
+        raise ConfigError(msg)
+    if url.scheme == "https":
+        return False
+    host = url.hostname or ""
     try:
         is_loopback = ip_address(host).is_loopback
     except ValueError:
@@ -377,13 +413,15 @@ def _is_plain(bucket: Bucket) -> bool:
 
 
 def _credentials() -> dict[str, Any]:
-    """What a profile has, where `AWS_PROFILE` names one; obstore itself knows the environment and the machine's role.
+    """What a profile has, where `AWS_PROFILE` names one and the environment has no keys, which come first everywhere.
+
+    obstore itself knows the environment, and the machine's role.
 
     Raises:
         ConfigError: there is no such profile, or it has no keys and boto3 is not there to make some of it.
     """
     name = os.environ.get("AWS_PROFILE")
-    if not name:
+    if not name or (os.environ.get("AWS_ACCESS_KEY_ID") and os.environ.get("AWS_SECRET_ACCESS_KEY")):
         return {}
     found: dict[str, str] = {}
     places = []
@@ -439,6 +477,7 @@ def _naming(path: ObjectPath) -> Iterator[None]:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
         is_refused = isinstance(error, PermissionDeniedError | UnauthenticatedError)
         if is_refused or _DENIED.search(text) or (code is not None and code[1] in _REFUSALS):
+            _client.cache_clear()  # the next one reads the credentials anew
             msg = (
                 f"{path}: {where} refuses these credentials: {_said(error)}; correct them (AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role), or allow them to list, read, write and "
@@ -463,8 +502,6 @@ def _said(error: BaseException) -> str:
     causes = re.findall(r"(?:Connection refused|timed out|TimedOut|dns error|connection reset|Connection reset)", text)
     if causes:
         return str(causes[-1]).lower()
-    return (
-        f"status {status[1].strip()}"
-        if status is not None
-        else " ".join(text.partition("Debug source")[0].split())[:200]
-    )
+    if status is not None:
+        return f"status {status[1].strip()}"
+    return _SECRET.sub("", " ".join(text.partition("Debug source")[0].split()))[:200]

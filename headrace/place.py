@@ -16,6 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeAlias
 
@@ -143,9 +144,13 @@ def readable(file: File) -> Any:
 
 def whole(file: File) -> Any:
     """The same for who reads all of it: one request."""
-    if isinstance(file, ObjectPath):
-        return pa.BufferReader(pa.py_buffer(objects.read(file, 0, stat_of(file).size)))
-    return file
+    return pa.BufferReader(pa.py_buffer(_content(file))) if isinstance(file, ObjectPath) else file
+
+
+def stands(file: File) -> bool:
+    """Whether a file is there still; an object, as it was when it was listed."""
+    stat, told_of = stat_now(file), file.told if isinstance(file, ObjectPath) else None
+    return stat is not None and (told_of is None or told_of.identity == stat.identity)
 
 
 def is_within(file: File, folder: File) -> bool:
@@ -311,6 +316,7 @@ class ObjectPlace:
     def prepare(self) -> None:
         """See `Place`."""
         objects.check(self._prefix)
+        objects.check_exclusive(self._prefix / ".headrace")
 
     def file(self, name: str) -> ObjectPath:
         """See `Place`."""
@@ -330,7 +336,7 @@ class ObjectPlace:
         return list(listed)
 
     def first(self, prefix: str, after: str, is_wanted: Callable[[str], bool]) -> str | None:
-        """The first name with a prefix, behind another, that is wanted; None without one. It lists no further."""
+        """The first name with a prefix, greater than another, that is wanted; None without one. It lists no further."""
         for name, _ in objects.listing(self._prefix, max(prefix, after)):
             if not name.startswith(prefix):
                 return None
@@ -368,8 +374,7 @@ class ObjectPlace:
 
     def lift(self, source: str, target: str, is_ours: Callable[[], bool | None]) -> bool:
         """See `Place`. True also where another made it meanwhile of the same file: then it is the same."""
-        path = self._prefix / source
-        data = objects.read(path, 0, objects.head(path).size)
+        data = _content(self._prefix / source)
         reached("lift.1.read")
         return self._put(target, data, is_ours, "lift")
 
@@ -383,7 +388,7 @@ class ObjectPlace:
         """See `Place`. Put there, then removed here: a crash in between leaves it in both, a repeat a second copy."""
         path = self._prefix / name
         try:
-            data = objects.read(path, 0, objects.head(path).size)
+            data = _content(path)
         except FileNotFoundError:
             return None
         number = 0
@@ -452,6 +457,12 @@ def make_folder(folder: Path) -> None:
             "make a folder of that name and move the file into it: its rows stay history"
         )
         raise ConfigError(msg) from error
+
+
+def _content(path: ObjectPath) -> memoryview:
+    """All of an object, and not of two that have its name after each other."""
+    stat = stat_of(path)
+    return objects.read(replace(path, told=stat), 0, stat.size)
 
 
 def _attempt(work: Callable[[File], object], file: File) -> None:

@@ -194,7 +194,7 @@ def _joined_origins(footers: list[Footer]) -> dict[str, list[Any]]:
 def _retain_day(contract: ViewContract, folder: Folder, day: date, bound_us: int, *, dry_run: bool) -> _Old | None:
     """Replace a day that is wholly older by an empty snapshot; None where it is not, or has no row."""
     for _ in range(_TRIES):
-        present = folder.days()[day]
+        present = folder.days([day])[day]
         old = _old_day(present, bound_us)
         if old is None or dry_run:
             return old
@@ -207,7 +207,7 @@ def _retain_day(contract: ViewContract, folder: Folder, day: date, bound_us: int
         )
         # One above the snapshot that was judged: whatever is published meanwhile is newer still, and counts.
         path = folder.path_of(DayName(day, present.snapshot + 1))
-        if create(path, empty, note, operation="retain-day") and folder.days()[day].path == path:
+        if create(path, empty, note, operation="retain-day") and folder.days([day])[day].path == path:
             remove_superseded(folder, day)
             return old
     msg = f"day {day}: other runs published it {_TRIES} times meanwhile; run again"

@@ -24,7 +24,7 @@ from headrace.contract import ViewContract
 from headrace.encode import Int64s, Origin, Tails, encode_values, hash_tails, schema_id, stream_tails
 from headrace.errors import SchemaError
 from headrace.objects import ObjectPath
-from headrace.place import File, readable, stat_of
+from headrace.place import File, readable, stands, stat_of
 from headrace.sample import Sample
 from headrace.segments import (
     REPLAY,
@@ -540,13 +540,13 @@ class History:
 def reading(
     find: Callable[[], Found], files_of: Callable[[Found], Sequence[File]], work: Callable[[Found], Result]
 ) -> Result:
-    """Find files and work on them; where one of them was removed meanwhile (a new snapshot, a merge), do so again."""
+    """Find files and work on them; do so again where one is gone or another meanwhile (a new snapshot, a merge)."""
     for attempt in range(_READINGS):
         found = find()
         try:
             return work(found)
         except Exception:
-            if attempt == _READINGS - 1 or all(path.exists() for path in files_of(found)):
+            if attempt == _READINGS - 1 or all(map(stands, files_of(found))):
                 raise
     raise AssertionError  # the loop returns or raises
 

@@ -595,7 +595,7 @@ class StreamIntake:
             await asyncio.sleep(SECOND_LOOK_S)
             try:
                 end = (await self._look(ledger.end)).end
-            except (LedgerError, OSError) as error:
+            except (LedgerError, OSError, TransientError) as error:
                 logger.warning("%s: %s", view.contract.name, error, extra=partition._asdict())
                 continue
             run = self._runs.get(partition)

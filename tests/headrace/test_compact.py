@@ -23,6 +23,7 @@ from headrace import faults
 from headrace.chains import Folder, StreamLedger, append, push, replace_day
 from headrace.compact import compact
 from headrace.contract import ViewContract
+from headrace.damage import set_aside
 from headrace.errors import LedgerError, LostRaceError
 from headrace.segments import (
     DayName,
@@ -385,3 +386,16 @@ def test_rows_that_cannot_be_read_are_named(contract: ViewContract) -> None:
         compact(contract)
     assert levels(contract) == [12, 0, 0, 0]
     assert not list(contract.directory.glob(".*"))
+
+
+def test_what_came_after_the_look_is_not_covered(contract: ViewContract) -> None:
+    """Where the newest segment was set aside a merged file ends the chain, and is followed by what comes next."""
+    ledger = fill(contract, 12)
+    compact(contract)
+    set_aside(contract, [SegmentName(CHAIN, 0, 55)])
+    folder = Folder.of(contract)
+    seen = folder.chain(CHAIN)
+    commit(contract, StreamLedger(contract, "events", 0), 55, 5)
+    assert ledger.end().end == 60
+    due = compaction._due(folder, seen, time.time() + 60)
+    assert [path.name for path in due] == [str(SegmentName(CHAIN, 0, first)) for first in range(0, 55, 5)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import uuid
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from headrace.compact import compact
 from headrace.contract import TIMESTAMP, ViewContract
 from headrace.damage import examine, set_aside
 from headrace.errors import ConfigError, LedgerError, LostRaceError, TransientError
-from headrace.objects import Bucket, ObjectPath
-from headrace.place import readable
+from headrace.objects import Bucket, ObjectPath, ObjectReader
+from headrace.place import clear, place_of, readable, stat_now
 from headrace.retain import retain
 from headrace.scan import Window, rows_within
 from headrace.segments import ROWS_A_GROUP, Footer, SegmentName, create, new_append_id, read_footer
@@ -206,6 +207,41 @@ def test_topics_whose_names_begin_alike_are_kept_apart(contract: ViewContract) -
         assert ledger.epochs() == {"a": 0, "b": 1}
 
 
+def test_an_epoch_is_found_whichever_others_are_gone(contract: ViewContract) -> None:
+    """Whatever was set aside, and whichever topics have names that lie among ours."""
+    for topic, partition, epochs in (("t", 0, 3), ("t-0", 2, 1), ("t-0-2", 0, 1)):
+        for number in range(epochs):
+            StreamLedger(contract, topic, partition).close(f"id {number}", 5)
+    set_aside(contract, Folder.of(contract).segments("stream-t-0-0"))
+    ledger = StreamLedger(contract, "t", 0)
+    assert (ledger.end().epoch, ledger.end().end) == (2, 5)
+    assert ledger.epochs() == {"id 1": 1, "id 2": 2}
+
+
+def test_what_is_copied_is_one_object(contract: ViewContract, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the size of one, and bytes of another that came to its name meanwhile."""
+    commit(contract, 10)
+    place, name = place_of(contract.directory), str(SegmentName(CHAIN, 0, 0))
+    path = place.file(name)
+    assert isinstance(path, ObjectPath)
+    whole = bytes(objects.read(path, 0, objects.head(path).size))
+    head = objects.head
+
+    def replaced(asked: ObjectPath) -> objects.Stat:
+        found = head(asked)
+        if asked == path:
+            objects.write(path, whole + b"more")
+        return found
+
+    monkeypatch.setattr(objects, "head", replaced)
+    with pytest.raises(FileNotFoundError):
+        place.lift(name, str(SegmentName(CHAIN, 1, 0)), lambda: None)
+    objects.write(path, whole)
+    assert place.set_aside(name, "_damaged") is None
+    monkeypatch.undo()
+    assert stat_now(path) is not None
+
+
 def test_files_of_others_are_history_too(contract: ViewContract) -> None:
     push(contract, some(contract, 1))
     sink = pa.BufferOutputStream()
@@ -300,6 +336,18 @@ def test_of_many_who_publish_a_day_at_once_the_last_read_counts(contract: ViewCo
     assert len(Folder.of(contract).names()) == 1
 
 
+def test_a_day_costs_the_same_whatever_the_history(contract: ViewContract, network: FaultyNetwork) -> None:
+    """Neither streams nor other days are listed to replace one, or to empty it."""
+    fill(contract, 0, 20)
+    for number in range(3):
+        replace_day(contract, DAY + timedelta(days=number), some(contract, number))
+    network.count()
+    replace_day(contract, DAY, some(contract, 1, 3))
+    retain(contract, datetime(2024, 1, 1, tzinfo=UTC))
+    starts = [path for method, path in network.requests if "list-type=2" in path and "start-after" not in path]
+    assert len(starts) <= 3  # what retention itself looks at: chains, days
+
+
 def test_days_are_replaced_and_read(contract: ViewContract) -> None:
     first = replace_day(contract, DAY, some(contract, 1, 2))
     assert replace_day(contract, DAY, some(contract, 1, 2)) == first
@@ -327,19 +375,23 @@ def test_a_damaged_object_is_found_and_set_aside(contract: ViewContract) -> None
     assert ids(contract) == [0, 1, 2, 3, 5, 10, 11, 12, 13]
 
 
-def test_the_threads_of_a_query_read_one_file(contract: ViewContract, object_store: ObjectStore) -> None:
+def test_the_threads_of_a_query_read_one_file(contract: ViewContract) -> None:
     """Each seeks and then reads, and the other does so in between."""
-    count = 8 * ROWS_A_GROUP
+    count = 2 * ROWS_A_GROUP
     numbers = pa.array(np.random.default_rng(1).permutation(count))
     times = pa.array(EPOCH_US + np.arange(count)).cast(TIMESTAMP)
     values = pa.array(np.random.default_rng(2).random(count))
     table = pa.Table.from_arrays([numbers, values, numbers, times, times], schema=contract.schema)
-    directory = replace(contract.directory, bucket=replace(contract.directory.bucket, endpoint=object_store.url))
-    contract = replace(contract, directory=directory)
-    push(contract, table)
-    for _ in range(3):
-        found = rows_within(contract, headrace.files(contract), Window())
-        assert found.sort_by("at").equals(table)
+    path = push(contract, table)
+    assert isinstance(path, ObjectPath)
+    assert rows_within(contract, [path], Window()).sort_by("at").equals(table)
+    whole = bytes(objects.read(path, 0, objects.head(path).size))
+    reader = ObjectReader(path)
+    with ThreadPoolExecutor(1) as other:
+        assert (reader.seek(100), other.submit(reader.seek, 200_000).result()) == (100, 200_000)
+        assert (reader.read(9), other.submit(reader.read, 9).result()) == (whole[100:109], whole[200_000:200_009])
+        assert (reader.tell(), other.submit(reader.tell).result()) == (109, 200_009)
+    assert (reader.seek(-3, os.SEEK_END), reader.read(9)) == (len(whole) - 3, whole[-3:])
 
 
 def test_paths_are_urls() -> None:
@@ -352,6 +404,22 @@ def test_paths_are_urls() -> None:
     for wrong in ("hdfs://x/y", "s3:///x", "s3://"):
         with pytest.raises(ConfigError, match="expected the path of a folder or one of s3://bucket/prefix"):
             ObjectPath.parse(wrong)
+    for wrong in ("s3://b/a//c", "s3://b/./a", "s3://b/a/../c"):
+        with pytest.raises(ConfigError, match="expected the prefix as the store has it"):
+            ObjectPath.parse(wrong)
+
+
+@pytest.mark.parametrize("prefix", ["a b+c", "ü%20%", "x=1/a#b?c", "a*[1]{b}", "漢字'\"&;|<>~"])
+def test_names_of_any_letters(contract: ViewContract, prefix: str) -> None:
+    """As a URL has them, as a pattern of DuckDB's, or as a partition of Hive's."""
+    directory = contract.directory
+    assert isinstance(directory, ObjectPath)
+    contract = replace(contract, directory=directory.parent / f"{prefix}/stats")
+    commit(contract, 60)
+    compact(contract, grace_s=0)
+    assert (ids(contract), StreamLedger(contract, "events", 0).end().end) == (accepted_below(60), 60)
+    clear(contract.directory)
+    assert not contract.directory.exists()
 
 
 def test_without_encryption_only_this_machine_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,6 +448,32 @@ def test_a_profile_has_the_keys(
         f"aws_secret_access_key = {known['AWS_SECRET_ACCESS_KEY']}\n"
     )
     push(contract, some(contract, 1))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", known["AWS_ACCESS_KEY_ID"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    objects._client.cache_clear()
+    with pytest.raises(
+        TransientError, match="refuses these credentials"
+    ):  # as of any tool, the environment comes first
+        push(contract, some(contract, 1))
+    objects._client.cache_clear()
+
+
+def test_credentials_that_are_renewed_are_read_again(
+    contract: ViewContract, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    known = object_store.credentials()
+    for name in known:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_PROFILE", "default")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    text = "[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n"
+    (tmp_path / "credentials").write_text(text.format(known["AWS_ACCESS_KEY_ID"], "of yesterday"))
+    objects._client.cache_clear()
+    with pytest.raises(TransientError, match="refuses these credentials: SignatureDoesNotMatch"):
+        push(contract, some(contract, 1))
+    (tmp_path / "credentials").write_text(text.format(known["AWS_ACCESS_KEY_ID"], known["AWS_SECRET_ACCESS_KEY"]))
+    push(contract, some(contract, 1))
+    assert ids(contract) == [1]
     objects._client.cache_clear()
 
 
@@ -404,4 +498,18 @@ def test_what_is_wrong_is_said_in_one_line(
     monkeypatch.setattr(objects, "_RETRIES", 0)
     with pytest.raises(TransientError, match=r"http://127\.0\.0\.1:9 does not do it: connection refused"):
         objects.check(down)
+    for endpoint in ("http://me:hidden@127.0.0.1:9", "http://me:hidden@127.0.0.1:nine", "me:hidden@127.0.0.1:9"):
+        with pytest.raises(ConfigError, match="expected an endpoint like https://host:port, found") as said:
+            objects.check(ObjectPath(Bucket("s3", "views", endpoint), "stats"))
+        assert "hidden" not in str(said.value)
     objects._client.cache_clear()
+
+
+def test_a_store_that_makes_objects_twice_is_refused(contract: ViewContract, network: FaultyNetwork) -> None:
+    """As servers do that know nothing of `If-None-Match`."""
+    place_of(contract.directory).prepare()
+    place_of(contract.directory).prepare()
+    assert headrace.files(contract) == []
+    network.once("PUT", Fault.DONE_TWICE, times=2)
+    with pytest.raises(ConfigError, match="it makes an object a second time"):
+        place_of(contract.directory).prepare()

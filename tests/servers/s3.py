@@ -76,6 +76,8 @@ class Fault(enum.Enum):
     """It is done, and never answered."""
     CUT_BEFORE = "cut before"
     """The connection is reset, and nothing is done."""
+    DONE_TWICE = "done twice"
+    """It is answered with 200, also where it was refused: as if nothing had been asked of what is there."""
 
 
 Judge = Callable[[str, str], Fault | None]
@@ -189,6 +191,8 @@ class FaultyNetwork:
         if fault is Fault.ERROR_AFTER:
             await _say(writer, b"500 Internal Server Error", b"<Error><Code>InternalError</Code></Error>")
             return True
+        if fault is Fault.DONE_TWICE:
+            answer, content = b'HTTP/1.1 200 OK\r\netag: "0"\r\ncontent-length: 0\r\n\r\n', b""
         writer.write(answer + content)
         await writer.drain()
         return True

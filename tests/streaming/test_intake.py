@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 
+from headrace import objects
 from headrace.chains import StreamLedger
+from headrace.objects import Bucket, ObjectPath
 from streaming.broker import Broker, BrokerError, Log
 from streaming.health import Health
 from streaming.intake import StreamIntake
@@ -175,4 +178,33 @@ def test_a_slice_of_an_earlier_assignment_is_not_taken(stream: Stream) -> None:
 
     faults: list[BaseException] = []
     asyncio.run(scenario())
+    assert faults == []
+
+
+def test_a_store_that_is_away_does_not_end_the_watch_of_a_view(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An object store raises another error than a disk."""
+    monkeypatch.setattr("streaming.intake.SECOND_LOOK_S", 0.01)
+    monkeypatch.setattr(objects, "_RETRIES", 0)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "not asked for")
+    objects._client.cache_clear()
+    faults: list[BaseException] = []
+
+    async def scenario() -> None:
+        intake = StreamIntake(config_of(stream.environment), Health(), faults.append)
+        view, partition = intake._views[stream.topic][0], TopicPartition(stream.topic, 0)
+        away = ObjectPath(Bucket("s3", "views", "http://127.0.0.1:9"), "stats")
+        there = replace(view, contract=replace(view.contract, directory=away))
+        intake._behind[partition, view.contract.name] = "it is behind"
+        intake._spawn(intake._watch_behind(partition, there, intake._assignment))
+        async with asyncio.timeout(10):
+            while not faults and caplog.text.count("connection refused") < 2:
+                await asyncio.sleep(0.01)
+        intake._behind.clear()
+        intake.close()
+
+    asyncio.run(scenario())
+    objects._client.cache_clear()
     assert faults == []

@@ -21,7 +21,7 @@ from tests.streaming.conftest import Stream, StreamFactory
 from tests.streaming.oracle import contract_of, verify
 from tests.streaming.process import Worker, emit, run
 
-KILLS = int(os.environ.get("HEADRACE_TEST_KILLS", "2"))
+KILLS = int(os.environ.get("HEADRACE_TEST_KILLS", "1"))
 EVENTS = int(os.environ.get("HEADRACE_TEST_EVENTS", "6000"))
 FAULTS = (Fault.SLOW_DOWN, Fault.ERROR_AFTER, Fault.CUT_AFTER, Fault.CUT_BEFORE)
 
