@@ -40,6 +40,16 @@ def use_valkey(repo: Path, address: str, database: int | None = 0, **options: ob
     file.write_text("\n".join([*lines[:start], *store, *lines[end:], ""]), encoding="utf-8")
 
 
+def use_registry(repo: Path, url: str) -> None:
+    """Change the registry of a repository to another database."""
+    file = repo / "feature_store.yaml"
+    text = file.read_text(encoding="utf-8")
+    former = "path: sqlite:///../data/registry.db"
+    if former not in text:
+        raise ValueError(f"{file} has no `{former}`")
+    file.write_text(text.replace(former, f"path: {url}"), encoding="utf-8")
+
+
 def feast_apply(repo: Path) -> None:
     """Run `feast apply` as a person does, and fail with its own words.
 

@@ -151,14 +151,16 @@ class FaultyNetwork:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        answers, forward = await asyncio.open_connection("127.0.0.1", self.target)
+        ends = [writer]
         try:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+                answers, forward = await asyncio.open_connection("127.0.0.1", self.target)
+                ends.append(forward)
                 while await self._exchange(reader, writer, answers, forward):
                     pass
         finally:
-            forward.transport.abort()
-            writer.transport.abort()
+            for end in ends:
+                end.transport.abort()
             self._tasks.discard(task)
 
     async def _exchange(

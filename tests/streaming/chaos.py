@@ -1,4 +1,7 @@
-"""A campaign of faults: workers of one group under load, a seeded schedule of what goes wrong, an outside reader."""
+"""A campaign of faults: workers of one group under load, a seeded schedule of what goes wrong, an outside reader.
+
+What the workers keep their data in, and how that may fail, is in `tests.streaming.chaos_places`.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +11,41 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Protocol, Self
 
 from confluent_kafka import KafkaError, KafkaException, Producer
+from redis.exceptions import RedisClusterException, RedisError
 
 from streaming.emit import Made, Maker, Plan
-from tests.servers import Kafka, Mode, Valkey
-from tests.streaming.conftest import Network, Stream
-from tests.streaming.oracle import contract_of, read_online
+from tests.servers import Kafka, Mode, Proxy
+from tests.streaming.conftest import Stream
+from tests.streaming.oracle import Features, Forgotten, Seen, contract_of, read_online
 from tests.streaming.process import Worker
-
-REGULARS = 3
-"""Workers that are there all the time; one more joins and leaves."""
 
 KEYS = 200
 FIRST_KEY = 1001
-ROUND_S = float(os.environ.get("HEADRACE_TEST_CHAOS_ROUND_SECONDS", "35"))
+TIPS = ("tips_0", "tips_1", "tips_2")
+"""Fields of half of the events each, which the view does not have, or not yet."""
+
 STOP_S = 120.0
 """How long a worker may take to end when asked to, beside all that goes on."""
 
-A_ROUND = {
-    "kill -9": 5,
-    "SIGTERM": 1,
-    "zombie": 1,
-    "join and leave": 1,
-    "broker restart": 1,
-    "store frozen": 1,
-    "store network": 1,
-    "broker network": 2,
+WAYS = {
+    "kill -9": ("serving", "serving", "serving", "serving", "at any moment"),
+    "broker restart": ("kill", "stop"),
+    "broker network": (Mode.STALLED.value, Mode.MUTE.value, Mode.CUT.value, "drop"),
 }
-"""Faults of each kind in a round."""
+"""In which ways workers and broker fail, where there are several."""
 
 
 @dataclass(frozen=True, order=True)
@@ -68,25 +65,55 @@ class Fault:
     how: str = ""
 
 
-def schedule(seed: int, rounds: int) -> list[Fault]:
+class Place(Protocol):
+    """What the workers of a campaign keep their data in.
+
+    Attributes:
+        stream: what they serve.
+        reader_repo: the repository of somebody who goes to the online store directly.
+        workers: how many are there all the time; one more may join and leave.
+        round_s: how long a round is.
+        a_round: faults of each kind in a round.
+        ways: in which ways the stores fail, where there are several.
+    """
+
+    stream: Stream
+    reader_repo: Path
+    workers: int
+    round_s: float
+    a_round: Mapping[str, int]
+    ways: Mapping[str, Sequence[str]]
+
+    def apply(self, fault: Fault, campaign: Campaign) -> None:
+        """Let a store fail, and see to it that it ends. Returns at once."""
+
+    def mend(self) -> None:
+        """Let everything serve again, whatever happened."""
+
+    def forgotten(self, polls: Sequence[tuple[float, float]]) -> list[Forgotten]:
+        """What the online store lost, by the reader's polls: when each began and ended."""
+
+    def check(self) -> None:
+        """What holds here beside what the oracle says, at the end."""
+
+    def figures(self) -> Mapping[str, object]:
+        """For the table."""
+
+
+def schedule(seed: int, rounds: int, place: Place) -> list[Fault]:
     """Faults in the order of their times. The same seed gives the same."""
     chance = random.Random(seed)
-    ways = {
-        "kill -9": ("serving", "serving", "serving", "serving", "at any moment"),
-        "broker restart": ("kill", "stop"),
-        "store network": (Mode.STALLED, Mode.MUTE, Mode.CUT),
-        "broker network": (Mode.STALLED, Mode.MUTE, Mode.CUT, "drop"),
-    }
+    ways = {**WAYS, **place.ways}
     faults = [
         Fault(
-            at_s=round(ROUND_S * (number + chance.random()), 1),
+            at_s=round(place.round_s * (number + chance.random()), 1),
             kind=kind,
-            slot=chance.randrange(REGULARS),
+            slot=chance.randrange(place.workers),
             seconds=round(chance.uniform(1.0, 4.0), 1),
-            how=str(getattr(way := chance.choice(ways.get(kind, ("",))), "value", way)),
+            how=chance.choice(ways.get(kind, ("",))),
         )
         for number in range(rounds)
-        for kind, count in A_ROUND.items()
+        for kind, count in place.a_round.items()
         for _ in range(count)
     ]
     return sorted(faults)
@@ -120,15 +147,14 @@ class Load:
             work.result()
 
     def _made(self, seed: int, count: int) -> Callable[[], list[Made]]:
-        """Events; of some the times are rounded up, so that they tie with others."""
+        """Events; of some the times are rounded up, so that they tie with others; good ones have more fields."""
         plan = Plan(0, None, bad_fraction=0.05, late_fraction=0.1, duplicate_fraction=0.03, seed=seed, keys=KEYS)
         maker = Maker([self._contract], plan)
         chance = random.Random(seed)
 
         def make() -> list[Made]:
             return [
-                _rounded(made, chance.random()) if made.fault is None and chance.random() < 0.1 else made
-                for made in maker.make(count, datetime.now(UTC))
+                _varied(made, chance) if made.fault is None else made for made in maker.make(count, datetime.now(UTC))
             ]
 
         return make
@@ -185,24 +211,34 @@ class Load:
         producer.init_transactions(60)
 
 
-def _rounded(made: Made, chance: float) -> Made:
+def _varied(made: Made, chance: random.Random) -> Made:
     event = json.loads(made.value)
-    second = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=1)
-    event["datetime"] = second.isoformat()
-    event["created"] = None if chance < 0.3 else second.isoformat()
-    return Made(made.key, json.dumps(event).encode(), None, is_late=False, is_doubled=made.is_doubled)
+    event |= {name: chance.randrange(1000) / 8 for name in TIPS if chance.random() < 0.5}
+    is_rounded = chance.random() < 0.1
+    if is_rounded:
+        second = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=1)
+        event["datetime"] = second.isoformat()
+        event["created"] = None if chance.random() < 0.3 else second.isoformat()
+    return replace(made, value=json.dumps(event).encode(), is_late=made.is_late and not is_rounded)
 
 
 class Reader:
-    """Somebody who asks Feast for every driver, again and again, and notes what changes. By a way of its own."""
+    """Somebody who asks Feast for every driver, again and again, and notes what changes. By a way of its own.
+
+    Attributes:
+        seen: of each driver.
+        polls: when each of them began and ended, by the monotonic clock.
+        failed: how many did, while a server was away.
+    """
 
     def __init__(self, repo: Path) -> None:
         self._repo = repo
         self._is_over = threading.Event()
         self._pool = ThreadPoolExecutor(1, "reader")
         self._work: Future[None] | None = None
-        self.seen: dict[int, list[tuple[Any, ...]]] = {}
-        self.polls = 0
+        self.seen: dict[int, list[Seen]] = {}
+        self.polls: list[tuple[float, float]] = []
+        self.failed = 0
 
     def start(self) -> None:
         """Begin."""
@@ -217,13 +253,21 @@ class Reader:
     def _read(self) -> None:
         keys = list(range(FIRST_KEY, FIRST_KEY + KEYS))
         while not self._is_over.wait(0.05):
-            for key, features in read_online(self._repo, keys).items():
-                if all(feature is None for feature in features):
-                    continue
-                values = self.seen.setdefault(key, [])
-                if not values or values[-1] != features:
-                    values.append(features)
-            self.polls += 1
+            begun_s = time.monotonic()
+            try:
+                found = read_online(self._repo, keys)
+            except (RedisError, RedisClusterException, OSError):
+                self.failed += 1
+                continue
+            self._note(found)
+            self.polls.append((begun_s, time.monotonic()))
+
+    def _note(self, found: Mapping[int, Features]) -> None:
+        for key, features in found.items():
+            values = self.seen.get(key, [])
+            is_there = any(feature is not None for feature in features)
+            if values[-1].features != features if values else is_there:
+                self.seen.setdefault(key, []).append(Seen(features, len(self.polls)))
 
 
 @dataclass
@@ -240,44 +284,69 @@ class Member:
 
 @dataclass
 class Campaign:
-    """Runs a schedule. Whoever starts the workers again does so at once, as a supervisor does."""
+    """Runs a schedule. Whoever starts the workers again does so at once, as a supervisor does.
 
-    stream: Stream
-    network: Network
+    Attributes:
+        way: of the workers to the broker.
+    """
+
+    place: Place
     kafka: Kafka
-    valkey: Valkey
+    way: Proxy
     logs: Path
     done: Counter[str] = field(default_factory=Counter)
     ended: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
+        self.stream = self.place.stream
         self.members = [
             Member(Worker(self.stream.environment, self.logs / f"worker-{number}.log"))
-            for number in range(REGULARS + 1)
+            for number in range(self.place.workers + 1)
         ]
+        self._regulars = self.members[:-1]
         self.members[-1].is_wanted = False
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
-        self._restarts = ThreadPoolExecutor(1, "broker")
-        self._restarting: list[Future[None]] = []
+        self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._under_way: list[Future[None]] = []
         self._begun_s = 0.0
 
     def run(self, faults: Sequence[Fault]) -> None:
         """Let everything go wrong that is scheduled, and return when all of it is over."""
-        for member in self.members[:REGULARS]:
+        for member in self._regulars:
             member.worker.start()
-        for member in self.members[:REGULARS]:
+        for member in self._regulars:
             member.worker.wait_ready(120)
         self._begun_s = time.monotonic()
         for fault in faults:
             self._at(fault.at_s, lambda fault=fault: self._apply(fault))  # type: ignore[misc]
-        while self._due or not all(work.done() for work in self._restarting):
+        while self._due or not all(work.done() for work in self._under_way):
             self._supervise()
             while self._due and self._due[0][0] <= time.monotonic():
                 heapq.heappop(self._due)[2]()
             time.sleep(0.05)
-        for work in self._restarting:
+        for work in self._under_way:
             work.result()
+
+    def later(self, seconds: float, action: Callable[[], None]) -> None:
+        """Do something after so long, between other faults. It must not take long."""
+        self._at(self._now_s + seconds, action)
+
+    def beside(self, thread: str, work: Callable[[], None]) -> None:
+        """Do what takes long in a thread of that name, which does one thing after the other."""
+        pool = self._threads.setdefault(thread, ThreadPoolExecutor(1, thread))
+        self._under_way.append(pool.submit(work))
+
+    def note(self, fault: Fault) -> None:
+        """It begins."""
+        self.done[fault.kind] += 1
+        is_worker = fault.kind in {"kill -9", "SIGTERM", "zombie", "join and leave"}
+        where = f" worker {fault.slot}" if is_worker else ""
+        self.say(f"{fault.kind}{where} {fault.how} {fault.seconds} s")
+
+    def say(self, text: str) -> None:
+        """A line of the protocol, with the time."""
+        say(f"{self._now_s:7.1f} s  {text}")
 
     def settle(self, timeout_s: float = 300.0) -> None:
         """Wait until every worker serves and the ledgers end where the logs do; then end the workers."""
@@ -285,7 +354,7 @@ class Campaign:
         deadline = time.monotonic() + timeout_s
         while True:
             self._supervise()
-            states = [member.worker.state() for member in self.members[:REGULARS]]
+            states = [member.worker.state() for member in self._regulars]
             parts = {p["partition"]: p for state in states for p in state.get("partitions", [])}
             settled = (
                 {number: part["ledger_end"] for number, part in parts.items()} == ends
@@ -297,7 +366,7 @@ class Campaign:
                 break
             assert time.monotonic() < deadline, f"not settled at {ends}: {json.dumps(states, indent=1)}"
             time.sleep(0.2)
-        for member in self.members[:REGULARS]:
+        for member in self._regulars:
             code, _ = member.worker.stop()
             assert code == 0, member.worker.tail()
 
@@ -315,7 +384,7 @@ class Campaign:
                 code = worker.process.returncode
                 if member.asked_s is None or (code != 0 and member.has_served):
                     why = worker.tail().strip().splitlines()[-1]
-                    self._say(f"{worker.log.stem} ended with {code}: {why}")
+                    self.say(f"{worker.log.stem} ended with {code}: {why}")
                     self.ended["while serving" if member.has_served else "while starting"] += 1
             if member.is_wanted:
                 worker.start()
@@ -331,18 +400,20 @@ class Campaign:
             "zombie": self._freeze,
             "join and leave": self._join,
             "broker restart": self._restart_broker,
-            "store frozen": self._freeze_store,
-            "store network": self._break_network,
             "broker network": self._break_network,
-        }[fault.kind]
-        action(fault)
+        }.get(fault.kind)
+        if action is not None:
+            action(fault)
+        else:
+            self.note(fault)
+            self.place.apply(fault, self)
 
     def _kill(self, fault: Fault) -> None:
         member = self.members[fault.slot]
         if member.worker.is_over or (fault.how == "serving" and not member.has_served):
             self._again(fault)
             return
-        self._note(fault)
+        self.note(fault)
         member.killed = True
         member.worker.kill()
 
@@ -351,7 +422,7 @@ class Campaign:
         if member.worker.is_over or not member.has_served or member.is_frozen or member.asked_s is not None:
             self._again(fault)
             return
-        self._note(fault)
+        self.note(fault)
         self._terminate(member)
 
     def _freeze(self, fault: Fault) -> None:
@@ -359,7 +430,7 @@ class Campaign:
         if member.worker.is_over or not member.has_served or member.is_frozen or member.asked_s is not None:
             self._again(fault)
             return
-        self._note(fault)
+        self.note(fault)
         frozen = member.worker.process
         frozen.send_signal(signal.SIGSTOP)
         member.is_frozen = True
@@ -377,7 +448,7 @@ class Campaign:
         if member.is_wanted or not member.worker.is_over:
             self._again(fault)
             return
-        self._note(fault)
+        self.note(fault)
         member.is_wanted = True
         left_s = time.monotonic() + 120.0
 
@@ -392,41 +463,30 @@ class Campaign:
         self._at(self._now_s + fault.seconds, leave)
 
     def _restart_broker(self, fault: Fault) -> None:
-        self._note(fault)
+        self.note(fault)
 
         def restart() -> None:
             (self.kafka.kill if fault.how == "kill" else self.kafka.stop)()
             time.sleep(fault.seconds)
             self.kafka.start()
 
-        self._restarting.append(self._restarts.submit(restart))
-
-    def _freeze_store(self, fault: Fault) -> None:
-        self._note(fault)
-        self.valkey.freeze()
-        self._at(self._now_s + fault.seconds, self.valkey.thaw)
+        self.beside("broker", restart)
 
     def _break_network(self, fault: Fault) -> None:
-        self._note(fault)
-        proxy = self.network.store if fault.kind == "store network" else self.network.broker
+        self.note(fault)
         if fault.how == "drop":
-            proxy.drop()
+            self.way.drop()
             return
-        proxy.set(Mode(fault.how))
-        self._at(self._now_s + fault.seconds, lambda: proxy.set(Mode.OPEN))
+        self.way.set(Mode(fault.how))
+        self.later(fault.seconds, lambda: self.way.set(Mode.OPEN))
 
     def _terminate(self, member: Member) -> None:
         member.asked_s = time.monotonic()
         member.worker.process.send_signal(signal.SIGTERM)
 
-    def _note(self, fault: Fault) -> None:
-        self.done[fault.kind] += 1
-        where = "" if "network" in fault.kind or "broker" in fault.kind else f" worker {fault.slot}"
-        self._say(f"{fault.kind}{where} {fault.how} {fault.seconds} s")
-
     def _again(self, fault: Fault) -> None:
         """The worker is not there to be hit: a little later, another one."""
-        moved = Fault(fault.at_s, fault.kind, (fault.slot + 1) % REGULARS, fault.seconds, fault.how)
+        moved = Fault(fault.at_s, fault.kind, (fault.slot + 1) % self.place.workers, fault.seconds, fault.how)
         self._at(self._now_s + fault.seconds, lambda: self._apply(moved))
 
     def _at(self, after_s: float, action: Callable[[], None]) -> None:
@@ -436,37 +496,21 @@ class Campaign:
     def _now_s(self) -> float:
         return time.monotonic() - self._begun_s
 
-    def _say(self, text: str) -> None:
-        say(f"{self._now_s:7.1f} s  {text}")
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restarts.shutdown(wait=True)
-        self.valkey.thaw()
+        for pool in self._threads.values():
+            pool.shutdown(wait=True, cancel_futures=True)
+        self.place.mend()
         self.kafka.start()
         for member in self.members:
             if member.worker.has_started and not member.worker.is_over:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(member.worker.process.pid, signal.SIGKILL)
                 member.worker.process.wait()
-
-
-def copy_for_reader(repo: Path, valkey: Valkey, network: Network) -> Path:
-    """The repository of somebody who goes to the store directly."""
-    copy = repo.parent.parent / "reader" / repo.name
-    shutil.copytree(repo, copy)
-    data = repo.parent / "data"
-    if data.exists():
-        shutil.copytree(data, copy.parent / "data")
-    file = copy / "feature_store.yaml"
-    text = file.read_text(encoding="utf-8")
-    assert network.store.address in text
-    file.write_text(text.replace(network.store.address, valkey.address), encoding="utf-8")
-    return copy
 
 
 def say(text: str) -> None:

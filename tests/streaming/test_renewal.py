@@ -34,6 +34,7 @@ from streaming.slices import TopicPartition
 from streaming.worker import check
 from tests.conftest import EnvironmentFactory, RepositoryFactory, TopicFactory
 from tests.servers import Postgres, UnavailableError, feast_apply
+from tests.servers.repository import use_registry
 from tests.streaming.conftest import QUICK, Stream, StreamFactory
 from tests.streaming.oracle import contract_of, read_topic
 from tests.streaming.process import Worker, config_of, emit
@@ -62,14 +63,6 @@ def postgres() -> Iterator[Postgres]:
             yield server
     except UnavailableError as exc:
         pytest.skip(str(exc))
-
-
-def use_registry(repo: Path, url: str) -> None:
-    file = repo / "feature_store.yaml"
-    text = file.read_text()
-    former = "path: sqlite:///../data/registry.db"
-    assert former in text
-    file.write_text(text.replace(former, f"path: {url}"))
 
 
 class Drivers:
