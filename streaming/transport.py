@@ -98,6 +98,7 @@ class BulkThread(driver.AIOKafkaConsumerThread):
     logger = QUIET
     beat_s: float | None = None
     _linger: Linger
+    _sought: dict[TP, int]
 
     @faust.Service.task
     async def _beat(self) -> None:
@@ -111,6 +112,7 @@ class BulkThread(driver.AIOKafkaConsumerThread):
         install(self.app.config.settings.in_flight_bytes)  # type: ignore[attr-defined]
         self._assignor = RoundRobinPartitionAssignor
         self._linger = Linger()
+        self._sought = {}
         return aiokafka.AIOKafkaConsumer(
             client_id=conf.broker_client_id,
             group_id=conf.id,
@@ -138,8 +140,13 @@ class BulkThread(driver.AIOKafkaConsumerThread):
         timeout: float | None = None,
         max_records: int | None = None,
     ) -> dict[TP, list[Slice]]:
-        """Fetch, and say of each partition from where to where."""
+        """Fetch, and say of each partition from where to where.
+
+        What comes of a partition that is sent elsewhere meanwhile may be of before or of afterwards, and named by the
+        position of before it could pass for what follows that, with rows missing. So it is fetched again from there.
+        """
         before = self._positions(consumer)
+        self._sought.clear()
         try:
             records = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
         except OffsetOutOfRangeError as error:
@@ -154,6 +161,9 @@ class BulkThread(driver.AIOKafkaConsumerThread):
         now = time.monotonic()
         slices: dict[TP, list[Slice]] = {}
         for tp, state in self._states(consumer).items():
+            if tp in self._sought:
+                consumer.seek(tp, self._sought[tp])
+                continue
             first = before.get(tp)
             found = records.get(tp, ())
             if first is not None and state.has_valid_position and (found or state.position > first):
@@ -165,6 +175,7 @@ class BulkThread(driver.AIOKafkaConsumerThread):
 
     async def _seek_wait(self, consumer: aiokafka.AIOKafkaConsumer, partitions: Mapping[TP, int]) -> None:
         """Where a partition begins it is not held, whatever was before in the same generation."""
+        self._sought.update(partitions)
         await super()._seek_wait(consumer, partitions)
         consumer.resume(*(aiokafka.TopicPartition(*tp) for tp in partitions))
 
@@ -210,13 +221,17 @@ class BulkThread(driver.AIOKafkaConsumerThread):
     async def _hold(self, tp: TP) -> None:
         consumer = self._ensure_consumer()
         # A partition without a position would be looked up, in vain, at each fetch.
-        consumer.seek(tp, 0)
+        self._seek(consumer, tp, 0)
         consumer.pause(aiokafka.TopicPartition(*tp))  # it takes its own tuples only
 
     async def _move(self, tp: TP, offset: int) -> None:
         consumer = self._ensure_consumer()
-        consumer.seek(tp, offset)
+        self._seek(consumer, tp, offset)
         consumer.resume(aiokafka.TopicPartition(*tp))
+
+    def _seek(self, consumer: aiokafka.AIOKafkaConsumer, tp: TP, offset: int) -> None:
+        consumer.seek(tp, offset)
+        self._sought[tp] = offset
 
 
 class BulkConsumer(driver.Consumer):

@@ -7,6 +7,7 @@ import gzip
 import inspect
 import time
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import aiokafka
@@ -14,7 +15,9 @@ import pytest
 from aiokafka.consumer import fetcher
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from confluent_kafka import Producer
 from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
 
 from streaming.records import ParsedRecords, Records, install
 from streaming.slices import Unread
@@ -42,7 +45,18 @@ def own_methods(kind: type[Any]) -> list[str]:
         (
             BulkThread,
             driver.AIOKafkaConsumerThread,
-            {"_positions", "_states", "heard_ms", "_note_out_of_range", "hold", "move", "_hold", "_move", "_beat"},
+            {
+                "_positions",
+                "_states",
+                "heard_ms",
+                "_note_out_of_range",
+                "hold",
+                "move",
+                "_hold",
+                "_move",
+                "_seek",
+                "_beat",
+            },
         ),
         (
             BulkConsumer,
@@ -90,6 +104,45 @@ def test_aiokafka_keeps_positions_and_the_coordinator_where_we_look(kafka: str, 
 
     asyncio.run(alone())
     asyncio.run(of_a_group())
+
+
+@pytest.mark.parametrize(("fetched", "sought"), [(10, 2), (4, 7)])
+def test_what_comes_while_a_partition_is_moved_is_fetched_again_from_there(
+    kafka: str, topic: TopicFactory, fetched: int, sought: int
+) -> None:
+    """Else it would pass for what follows the place before: rows would come again, or be missing."""
+    partition = TP(topic("moved", partitions=1), 0)
+    producer = Producer({"bootstrap.servers": kafka})
+    for number in range(10):
+        producer.produce(partition.topic, b"%d" % number, partition=0)
+    assert producer.flush(10) == 0
+
+    async def scenario() -> None:
+        consumer = aiokafka.AIOKafkaConsumer(bootstrap_servers=kafka, auto_offset_reset="none")
+        await consumer.start()
+        thread = BulkThread.__new__(BulkThread)  # of Faust's services it needs none
+        thread.consumer = SimpleNamespace(flow_active=True)
+        thread._consumer, thread._linger, thread._sought = consumer, Linger(), {}
+
+        async def fetch() -> dict[Any, Any]:
+            return await thread._fetch_records(consumer, {partition}, timeout=2.0, max_records=fetched)
+
+        try:
+            consumer.assign([aiokafka.TopicPartition(*partition)])
+            await thread._move(partition, 0)
+            (first,) = (await fetch())[partition]
+            assert (first.first, first.next) == (0, fetched)
+            consumer.pause(aiokafka.TopicPartition(*partition))
+            fetching = asyncio.create_task(fetch())
+            await asyncio.sleep(0.1)
+            await thread._move(partition, sought)  # and resumes
+            slices = (await fetching).get(partition) or (await fetch())[partition]
+        finally:
+            await consumer.stop()
+        assert [(one.first, one.next) for one in slices] == [(sought, 10)]
+        assert [record.offset for record in slices[0].records] == list(range(sought, 10))
+
+    asyncio.run(scenario())
 
 
 def test_a_fetch_waits_for_more_until_it_is_calm(kafka: str, topic: TopicFactory) -> None:
