@@ -351,7 +351,7 @@ class Lane:
         )
         self._log.warning(
             "%s: the online servers are not those of before and may have forgotten: %d recent segments and %d batches "
-            "were applied again, %d keys were not there",
+            "were applied again, %d keys written",
             self.label,
             segments,
             len(again),
@@ -359,7 +359,7 @@ class Lane:
         )
 
     def _apply_again(self, present: tuple[str, ...], batches: Sequence[Batch]) -> tuple[int, int]:
-        """How many segments were applied again, and how many keys were not there. Lists anew when it is repeated."""
+        """How many segments were applied again, and how many keys written. Lists anew when it is repeated."""
         paths = self._ledger.recent(self.epoch, present, self._settings.apply_again_seconds)
         written = self._stores.apply_recent(self.view, paths)
         return len(paths), written + (self._stores.write_online(self.view, batches) if batches else 0)

@@ -37,6 +37,7 @@ FIRST_KEY = 1001
 TIPS = ("tips_0", "tips_1", "tips_2")
 """Fields of half of the events each, which the view does not have, or not yet."""
 
+ROUND_S = os.environ.get("HEADRACE_TEST_CHAOS_ROUND_SECONDS")
 STOP_S = 120.0
 """How long a worker may take to end when asked to, beside all that goes on."""
 
@@ -72,7 +73,7 @@ class Place(Protocol):
         stream: what they serve.
         reader_repo: the repository of somebody who goes to the online store directly.
         workers: how many are there all the time; one more may join and leave.
-        round_s: how long a round is.
+        round_s: how long a round is, if nothing else is said.
         a_round: faults of each kind in a round.
         ways: in which ways the stores fail, where there are several.
     """
@@ -104,9 +105,10 @@ def schedule(seed: int, rounds: int, place: Place) -> list[Fault]:
     """Faults in the order of their times. The same seed gives the same."""
     chance = random.Random(seed)
     ways = {**WAYS, **place.ways}
+    round_s = place.round_s if ROUND_S is None else float(ROUND_S)
     faults = [
         Fault(
-            at_s=round(place.round_s * (number + chance.random()), 1),
+            at_s=round(round_s * (number + chance.random()), 1),
             kind=kind,
             slot=chance.randrange(place.workers),
             seconds=round(chance.uniform(1.0, 4.0), 1),

@@ -121,7 +121,7 @@ def test_what_comes_while_a_partition_is_moved_is_fetched_again_from_there(
         consumer = aiokafka.AIOKafkaConsumer(bootstrap_servers=kafka, auto_offset_reset="none")
         await consumer.start()
         thread = BulkThread.__new__(BulkThread)  # of Faust's services it needs none
-        thread.consumer = SimpleNamespace(flow_active=True)
+        thread.consumer = SimpleNamespace(flow_active=True)  # type: ignore[assignment]
         thread._consumer, thread._linger, thread._sought = consumer, Linger(), {}
 
         async def fetch() -> dict[Any, Any]:
