@@ -590,8 +590,9 @@ def _naming(config: RepoConfig, view: FeatureView | None = None) -> Iterator[Non
         where = ", ".join(f"{node.get('host')}:{node.get('port')}" for node in nodes)
         what = "" if view is None else f"feature view `{view.name}`: "
         msg = (
-            f"{what}Redis at {where} failed: {type(error).__name__}: {error}. See to the server, then repeat. How many "
-            "rows a write had written before is not known; each is whole, and to write them again does no harm"
+            f"{what}Redis at {where} failed: {type(error).__name__}: {str(error).rstrip('.')}. See to the server, then "
+            "repeat. How many rows a write had written before is not known; each is whole, and to write them again "
+            "does no harm"
         )
         raise TransientError(msg) from error
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from feast import FeatureStore
+from sqlalchemy.exc import DBAPIError
 
 from headrace.contract import ViewContract
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, TransientError
 
 
 def open_store(repo: Path) -> FeatureStore:
@@ -16,6 +18,7 @@ def open_store(repo: Path) -> FeatureStore:
 
     Raises:
         ConfigError: `repo` has no `feature_store.yaml`.
+        TransientError: the database of its registry does not answer, or refuses.
     """
     if not (Path(repo) / "feature_store.yaml").is_file():
         msg = (
@@ -23,7 +26,8 @@ def open_store(repo: Path) -> FeatureStore:
             "set HEADRACE_FEATURE_REPO to the folder that has it"
         )
         raise ConfigError(msg)
-    return FeatureStore(repo_path=str(Path(repo).resolve()))
+    with _naming(repo):
+        return FeatureStore(repo_path=str(Path(repo).resolve()))
 
 
 def contracts(store: FeatureStore, names: Collection[str] = ()) -> list[ViewContract]:
@@ -34,8 +38,10 @@ def contracts(store: FeatureStore, names: Collection[str] = ()) -> list[ViewCont
 
     Raises:
         ConfigError: nothing was applied, a name is unknown, or a view wanted cannot be served.
+        TransientError: the database of the registry does not answer, or refuses.
     """
-    views = {view.name: view for view in store.list_feature_views()}
+    with _naming(store.repo_path):
+        views = {view.name: view for view in store.list_feature_views()}
     if not views:
         msg = (
             f"the registry of project `{store.project}` has no feature view; "
@@ -49,3 +55,15 @@ def contracts(store: FeatureStore, names: Collection[str] = ()) -> list[ViewCont
         )
         raise ConfigError(msg)
     return [ViewContract.from_feast(views[name], store.config) for name in sorted(names or views)]
+
+
+@contextmanager
+def _naming(repo: Path) -> Iterator[None]:
+    """Say which registry fails, by the driver's own first line: SQLAlchemy's have the statement, and Feast no word."""
+    try:
+        yield
+    except DBAPIError as error:
+        why = next(iter(str(error.orig).strip().splitlines()), type(error.orig).__name__)
+        file = Path(repo).resolve() / "feature_store.yaml"
+        msg = f"the registry that {file} names does not answer: {why}; start its database, or correct `registry` there"
+        raise TransientError(msg) from error

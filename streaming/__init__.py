@@ -22,14 +22,14 @@ def __getattr__(name: str) -> Any:
     """Build the app on first use.
 
     Raises:
-        Refused: the settings or the registry are wrong; Faust's command line shows its one line.
+        Refused: the settings or the registry are wrong, or it is away; Faust's command line shows its one line.
     """
     if name != "app":
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
     import sys
 
-    from headrace.errors import ConfigError
+    from headrace.errors import HeadraceError
     from headrace.quick_import import leave_feast_unchecked
     from streaming.ending import Refused, leave_on_signals
 
@@ -42,6 +42,6 @@ def __getattr__(name: str) -> Any:
 
     try:
         globals()["app"] = create_app()
-    except ConfigError as error:
+    except HeadraceError as error:
         raise Refused(str(error)) from None
     return globals()["app"]

@@ -33,11 +33,11 @@ from streaming.renewal import Renewal, declared
 from streaming.slices import TopicPartition
 from streaming.worker import check
 from tests.conftest import EnvironmentFactory, RepositoryFactory, TopicFactory
-from tests.servers import Postgres, UnavailableError, feast_apply
+from tests.servers import Postgres, UnavailableError, feast_apply, free_port
 from tests.servers.repository import use_registry
 from tests.streaming.conftest import QUICK, Stream, StreamFactory
 from tests.streaming.oracle import contract_of, read_topic
-from tests.streaming.process import Worker, config_of, emit
+from tests.streaming.process import Worker, config_of, emit, run
 from tests.streaming.test_intake import Places, lanes_at_work
 from tests.streaming.test_views import add_view
 
@@ -194,6 +194,20 @@ def assert_is_whole(stream: Stream) -> None:
     assert seen == dict.fromkeys(sent, 1)
     assert {True, False} in schemas.values()
     assert audit(open_store(stream.repo), contract).diverged == 0
+
+
+def test_a_worker_whose_registry_is_away_says_so_in_one_line(
+    feature_repo_copy: RepositoryFactory, worker_environment: EnvironmentFactory
+) -> None:
+    repo = feature_repo_copy()
+    use_registry(repo, f"postgresql+psycopg://feast:not-for-logs@127.0.0.1:{free_port()}/feast")
+    done = run(worker_environment(feature_repo=repo), "worker")
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert "Traceback" not in said
+    assert "not-for-logs" not in said
+    assert f"error: the registry that {repo}/feature_store.yaml names does not answer: " in said
+    assert "Connection refused" in said
 
 
 # -- what may change, and what may not ---------------------------------------------------------------------------------
