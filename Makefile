@@ -73,7 +73,7 @@ campaign: setup ## 200,000 events through a real Kafka, once in peace and once w
 	    $(PYTHON) -m pytest -s tests/streaming/test_objects.py -k kill_9 $(ARGS)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_LOGINS=all $(PYTHON) -m pytest tests/streaming/test_security.py $(ARGS)
 
-chaos: setup ## everything goes wrong at once, 100 kill -9 and more, and one by one (about 45 minutes)
+chaos: setup ## everything goes wrong at once, 160 kill -9 and more, on two sets of stores, and one by one (about 75 minutes)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_CAMPAIGN=1 HEADRACE_TEST_CHAOS_ROUNDS=20 HEADRACE_TEST_CHAOS_ROUND_SECONDS=60 \
 	    $(PYTHON) -m pytest -s tests/streaming/test_chaos.py tests/streaming/test_outages.py $(ARGS)
 

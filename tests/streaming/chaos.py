@@ -26,10 +26,11 @@ from typing import Protocol, Self
 from confluent_kafka import KafkaError, KafkaException, Producer
 from redis.exceptions import RedisClusterException, RedisError
 
+from headrace.repository import open_store
 from streaming.emit import Made, Maker, Plan
 from tests.servers import Kafka, Mode, Proxy
 from tests.streaming.conftest import Stream
-from tests.streaming.oracle import Features, Forgotten, Seen, contract_of, read_online
+from tests.streaming.oracle import Features, Forgotten, Seen, contract_of, served_by
 from tests.streaming.process import Worker
 
 KEYS = 200
@@ -254,10 +255,11 @@ class Reader:
 
     def _read(self) -> None:
         keys = list(range(FIRST_KEY, FIRST_KEY + KEYS))
+        store = open_store(self._repo)
         while not self._is_over.wait(0.05):
             begun_s = time.monotonic()
             try:
-                found = read_online(self._repo, keys)
+                found = served_by(store, keys)
             except (RedisError, RedisClusterException, OSError):
                 self.failed += 1
                 continue

@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from confluent_kafka import Consumer, TopicPartition
+from feast import FeatureStore
 
 from headrace.chains import Folder, accepted_offsets, footer
 from headrace.contract import ViewContract
@@ -297,12 +298,16 @@ def read_offline(contract: ViewContract, topic: str, epoch: int = 0) -> Offline:
     return Offline(rows, more, rejected, skipped, ends, doubled)
 
 
-def read_online(repo: Path, keys: list[int]) -> dict[int, tuple[Any, ...]]:
+def read_online(repo: Path, keys: list[int]) -> dict[int, Features]:
     """The features that Feast serves, by driver."""
-    store = open_store(repo)
-    view = contract_of(repo).name
-    names = [f"{view}:{feature}" for feature in FEATURES]
-    served: dict[int, tuple[Any, ...]] = {}
+    return served_by(open_store(repo), keys)
+
+
+def served_by(store: FeatureStore, keys: list[int]) -> dict[int, Features]:
+    """The same of a store that is open."""
+    (view,) = contracts(store)
+    names = [f"{view.name}:{feature}" for feature in FEATURES]
+    served: dict[int, Features] = {}
     for start in range(0, len(keys), 1000):
         part = keys[start : start + 1000]
         answer = store.get_online_features(names, [{KEY: key} for key in part]).to_dict()
