@@ -111,7 +111,7 @@ def test_chaos(
             finally:
                 load.finish()
             campaign.settle()
-            reader.finish()
+        reader.finish()
         counts = verify(
             stream.broker, stream.topic, stream.repo, seen=reader.seen, forgotten=place.forgotten(reader.polls)
         )
@@ -123,6 +123,8 @@ def test_chaos(
         say("\n".join(map(str, faults)))
         say(table({**load.sent, "polls": len(reader.polls)}))
         raise
+    finally:
+        reader.finish()
     say(
         "\n"
         + table(
