@@ -253,12 +253,13 @@ class ManyMachines:
             self.cluster.promote(replica)
         else:
             self.cluster.lose(number)
-            lost = self._older(replica, before)
+            lost = self._older(replica, before)  # at least: workers write there already
         replaced_s = time.monotonic()
         failover = Failover(fault.how, frozenset(had), lost, killed_s, replaced_s)
         self.failovers.append(failover)
         campaign.say(f"failover of {len(had)} drivers, {len(lost)} older")
-        campaign.beside("mending", lambda: self._await_mended(failover, campaign))
+        if lost:
+            campaign.beside("mending", lambda: self._await_mended(failover, campaign))
         self.cluster.take_back(number)
 
     def _await_mended(self, failover: Failover, campaign: Campaign) -> None:
