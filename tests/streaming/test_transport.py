@@ -125,7 +125,7 @@ def test_what_comes_while_a_partition_is_moved_is_fetched_again_from_there(
         thread._consumer, thread._linger, thread._sought = consumer, Linger(), {}
 
         async def fetch() -> dict[Any, Any]:
-            return await thread._fetch_records(consumer, {partition}, timeout=2.0, max_records=fetched)
+            return await thread._fetch_records(consumer, {partition}, timeout=20.0, max_records=fetched)
 
         try:
             consumer.assign([aiokafka.TopicPartition(*partition)])
