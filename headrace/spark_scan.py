@@ -63,19 +63,19 @@ def newest(session: SparkSession, contract: ViewContract, files: Sequence[File],
     Rows without a key or an event time belong to nobody and are left out.
     """
     found = _History(session, contract, files, window)
-    best = found.deciding().groupBy(*found.columns.keys).agg(F.max(_TIMES).alias(_TIMES))
+    best = found.deciding().groupBy(*found.keys).agg(F.max(_TIMES).alias(_TIMES))
     return _winners(found, best.where(f"{_TIMES} IS NOT NULL"), are_few=False).drop(_NOBODY, _TIMES)
 
 
 def moments(session: SparkSession, contract: ViewContract, files: Sequence[File], window: Window) -> DataFrame:
     """Each join key and event time that any row within a window has, once; positional, in the contract's order."""
     found = _History(session, contract, files, window)
-    return found.deciding().select(*contract_keys(contract), found.columns.time).distinct()
+    return found.deciding().select(*contract_keys(contract), found.time).distinct()
 
 
 def contract_keys(contract: ViewContract) -> list[str]:
     """What the join keys are called here; none for a view without an entity."""
-    return [f"c{contract.schema.get_field_index(key)}" for key in contract.join_keys]
+    return [_column(contract, key) for key in contract.join_keys]
 
 
 def as_of(
@@ -101,25 +101,24 @@ def as_of(
     """
     within = window_of(pa.table({AS_OF: pa.array(bounds, TIMESTAMP)}), join)
     history = _History(session, contract, files if within is not None else [], within or Window())
-    columns, rows = history.columns, history.deciding()
-    own = [entities[key].alias(name) for key, name in zip(keys, columns.keys, strict=bool(keys))]
-    lines = entities.select(F.struct("*").alias("payload"), *(own or [F.lit(True).alias(_NOBODY)]), AS_OF)
+    rows = history.deciding()
+    own = [entities[key] for key in keys] or [F.lit(True)]
+    asked = [column.alias(name) for column, name in zip(own, history.keys, strict=True)]
+    lines = entities.select(F.struct("*").alias("payload"), *asked, AS_OF)
     if are_few:
-        rows = rows.join(F.broadcast(lines.select(*columns.keys).distinct()), columns.keys, "left_semi")
+        rows = rows.join(F.broadcast(lines.select(*history.keys).distinct()), history.keys, "left_semi")
     by_created = join.by_created and contract.created_field is not None
-    hits = _hits(columns, rows, lines, join.ttl_us, by_created=by_created)
-    best = hits.where(f"{_TIMES} IS NOT NULL").select(*columns.keys, _TIMES).distinct()
-    features = [
-        F.col(f"c{contract.schema.get_field_index(name)}").alias(f"f{i}") for i, name in enumerate(join.features)
-    ]
+    hits = _hits(history, rows, lines, join.ttl_us, by_created=by_created)
+    best = hits.where(f"{_TIMES} IS NOT NULL").select(*history.keys, _TIMES).distinct()
+    features = [F.col(_column(contract, name)).alias(f"f{i}") for i, name in enumerate(join.features)]
     winners = _winners(history, best, are_few=are_few)
-    wanted = winners.select(*columns.keys, _TIMES, F.struct(*features).alias(FOUND))
+    wanted = winners.select(*history.keys, _TIMES, F.struct(*features).alias(FOUND))
     lost = F.raise_error(
         F.lit(f"feature view `{contract.name}`: the entity rows differ each time they are computed; store them first")
     )
     is_lost = F.col(_TIMES).isNotNull() & F.col(FOUND).isNull()
     found = F.when(is_lost, lost.cast(wanted.schema[FOUND].dataType)).otherwise(F.col(FOUND))
-    return hits.join(wanted, [*columns.keys, _TIMES], "left").select("payload.*", found.alias(FOUND))
+    return hits.join(wanted, [*history.keys, _TIMES], "left").select("payload.*", found.alias(FOUND))
 
 
 def gathered(frame: DataFrame, schema: pa.Schema) -> pa.Table:
@@ -127,25 +126,49 @@ def gathered(frame: DataFrame, schema: pa.Schema) -> pa.Table:
     return frame.toArrow().rename_columns(schema.names).cast(schema)
 
 
-class _Columns:
-    """How expressions name the columns of a view that decide.
+class _History:
+    """The rows of some files within a window. Files without such rows are not opened.
+
+    Spark reads the segments in folders that have the view's very columns. Older schemas, files of others, and objects
+    are read by DuckDB in Python workers, so that both engines cast, fill and refuse alike, and an object store is asked
+    by the client, endpoint and credentials by which everything else asks it.
 
     Attributes:
-        keys: the join keys; a constant where there are none, as all rows are one key's then.
-        time: the event time.
-        names: the contract's names of all that decide.
+        keys: the columns of the join keys; a constant where there are none, as all rows are one key's then.
+        time: the column of the event time.
+        created: the created time.
     """
 
-    def __init__(self, contract: ViewContract) -> None:
+    def __init__(self, session: SparkSession, contract: ViewContract, files: Sequence[File], window: Window) -> None:
+        self.contract, self.files = contract, files
         self.keys = contract_keys(contract) or [_NOBODY]
-        self.time = f"c{contract.schema.get_field_index(contract.timestamp_field)}"
+        self.time = _column(contract, contract.timestamp_field)
         made = contract.created_field
-        self.created = (
-            F.lit(None).cast("timestamp") if made is None else F.col(f"c{contract.schema.get_field_index(made)}")
-        )
-        self.names = [*contract.join_keys, contract.timestamp_field, *([made] if made else [])]
+        self.created = F.lit(None).cast("timestamp") if made is None else F.col(_column(contract, made))
+        self._session, self._window = session, window
+        parts = parts_of(contract, files, window)
+        native = {part.path: None for part in parts if part.is_as_is and isinstance(part.path, Path)}
+        self._native = _read_native(session, contract, list(native)) if native else None
+        self._others = [part.path for part in parts if part.path not in native]
 
-    def deciding(self, rows: DataFrame) -> DataFrame:
+    def rows(self, columns: Sequence[str] | None = None) -> DataFrame:
+        """Their columns, all or these, then `position` and `file`."""
+        names = columns or [f"c{i}" for i in range(len(self.contract.schema))]
+        if self._native is None:
+            rows = _read_others(self._session, self.contract, self._others, self._window, names)
+        else:
+            rows = self._native.select(*names, _POSITION, _FILE)
+            if self._others:
+                rows = rows.unionAll(_read_others(self._session, self.contract, self._others, self._window, names))
+        return rows.where(_within(self._window, self.time))
+
+    def deciding(self) -> DataFrame:
+        """The columns that decide which row is the newest, see `decided`."""
+        made = self.contract.created_field
+        names = [*contract_keys(self.contract), self.time, *([_column(self.contract, made)] if made else [])]
+        return self.decided(self.rows(list(dict.fromkeys(names))))
+
+    def decided(self, rows: DataFrame) -> DataFrame:
         """The rows that have their keys and their event time, with `nobody` and `times`.
 
         In `times` an absent created time is the least, as nulls in structs are, and equal to itself.
@@ -155,51 +178,21 @@ class _Columns:
         return rows.where(" AND ".join(f"{name} IS NOT NULL" for name in [*self.keys, self.time]))
 
 
-class _History:
-    """The rows of some files within a window. Files without such rows are not opened.
-
-    Spark reads the segments in folders that have the view's very columns. Older schemas, files of others, and objects
-    are read by DuckDB in Python workers, so that both engines cast, fill and refuse alike, and an object store is asked
-    by the client, endpoint and credentials by which everything else asks it.
-    """
-
-    def __init__(self, session: SparkSession, contract: ViewContract, files: Sequence[File], window: Window) -> None:
-        self.contract, self.files, self.columns = contract, files, _Columns(contract)
-        self._session, self._window = session, window
-        parts = parts_of(contract, files, window)
-        is_plain = _is_plain(contract.schema.names)
-        native = [p.path for p in parts if isinstance(p.path, Path) and p.is_as_is and is_plain]
-        self._others = [p.path for p in parts if not (isinstance(p.path, Path) and p.is_as_is and is_plain)]
-        self._native = _read_native(session, contract, native) if native else None
-
-    def rows(self, columns: Sequence[str] | None = None) -> DataFrame:
-        """Their columns `c0`, ..., or those of the contract's names given, then `position` and `file`."""
-        schema = self.contract.schema
-        numbers = [schema.get_field_index(name) for name in dict.fromkeys(columns or schema.names)]
-        if self._native is None:
-            rows = _read_others(self._session, self.contract, self._others, self._window, numbers)
-        else:
-            rows = self._native.select(*(f"c{i}" for i in numbers), _POSITION, _FILE)
-            if self._others:
-                rows = rows.unionAll(_read_others(self._session, self.contract, self._others, self._window, numbers))
-        return rows.where(_within(self._window, self.columns.time))
-
-    def deciding(self) -> DataFrame:
-        """What decides which row is the newest, see `_Columns.deciding`."""
-        return self.columns.deciding(self.rows(self.columns.names))
+def _column(contract: ViewContract, name: str) -> str:
+    return f"c{contract.schema.get_field_index(name)}"
 
 
-def _hits(columns: _Columns, rows: DataFrame, lines: DataFrame, ttl_us: int | None, *, by_created: bool) -> DataFrame:
+def _hits(history: _History, rows: DataFrame, lines: DataFrame, ttl_us: int | None, *, by_created: bool) -> DataFrame:
     """The lines with the `times` of the newest row known by then and young enough; null where there is none."""
-    known = F.greatest(F.col(columns.time), columns.created) if by_created else F.col(columns.time)
-    facts = rows.where(columns.created.isNotNull()) if by_created else rows
+    known = F.greatest(F.col(history.time), history.created) if by_created else F.col(history.time)
+    facts = rows.where(history.created.isNotNull()) if by_created else rows
     nothing = F.lit(None).cast(lines.schema["payload"].dataType)
     no_times = F.lit(None).cast(_TIMES_TYPE)
-    timeline = facts.select(nothing.alias("payload"), *columns.keys, known.alias(AS_OF), _TIMES).unionAll(
-        lines.select("payload", *columns.keys, AS_OF, no_times.alias(_TIMES))
+    timeline = facts.select(nothing.alias("payload"), *history.keys, known.alias(AS_OF), _TIMES).unionAll(
+        lines.select("payload", *history.keys, AS_OF, no_times.alias(_TIMES))
     )
     order = [F.col(AS_OF).asc_nulls_first(), F.col("payload").isNotNull().asc()]
-    until = Over.partitionBy(*columns.keys).orderBy(*order).rowsBetween(Over.unboundedPreceding, Over.currentRow)
+    until = Over.partitionBy(*history.keys).orderBy(*order).rowsBetween(Over.unboundedPreceding, Over.currentRow)
     asked = timeline.withColumn(_TIMES, F.max(_TIMES).over(until)).where("payload IS NOT NULL")
     if ttl_us is None:
         return asked
@@ -214,11 +207,11 @@ def _winners(history: _History, best: DataFrame, *, are_few: bool) -> DataFrame:
         best: each key and `times` once.
         are_few: whether they fit into the memory of each executor.
     """
-    columns, contract = history.columns, history.contract
+    contract = history.contract
     names = [f"c{i}" for i in range(len(contract.schema))]
-    rows = columns.deciding(history.rows())
-    candidates = rows.join(F.broadcast(best) if are_few else best, [*columns.keys, _TIMES])
-    tailed = columns.deciding(_with_tails(contract, history.files, candidates.select(*names, _FILE, _POSITION)))
+    rows = history.decided(history.rows())
+    candidates = rows.join(F.broadcast(best) if are_few else best, [*history.keys, _TIMES])
+    tailed = history.decided(_with_tails(contract, history.files, candidates.select(*names, _FILE, _POSITION)))
     every = F.max_by(F.struct(*names, TAIL, _NOBODY, _TIMES), F.col(TAIL)).alias("row")
     return tailed.groupBy(*contract_keys(contract), _TIMES).agg(every).select("row.*")
 
@@ -252,17 +245,17 @@ def _read_native(session: SparkSession, contract: ViewContract, files: Sequence[
     )
     rows = reader.parquet(*(f"file://{path}" for path in files))
     names = [f"c{i}" for i in range(len(contract.schema))]
-    placed = rows.select("*", "_metadata.row_index", "_metadata.file_name").toDF(*names, _POSITION, _FILE)
+    place = rows.metadataColumn("_metadata")
+    placed = rows.select("*", place["row_index"], place["file_name"]).toDF(*names, _POSITION, _FILE)
     return placed.withColumn(_FILE, F.concat(F.lit(f"{contract.directory}/"), F.col(_FILE)))
 
 
 def _read_others(
-    session: SparkSession, contract: ViewContract, files: Sequence[File], window: Window, columns: Sequence[int]
+    session: SparkSession, contract: ViewContract, files: Sequence[File], window: Window, names: Sequence[str]
 ) -> DataFrame:
     """Files that Spark would read otherwise than we do, or not at all."""
-    names = [f"c{i}" for i in columns]
-    kinds = [contract.schema.types[i] for i in columns]
-    schema = pa.schema([*zip(names, kinds, strict=True), (_POSITION, pa.int64()), (_FILE, pa.string())])
+    kinds = [(name, contract.schema.types[int(name.removeprefix("c"))]) for name in names]
+    schema = pa.schema([*kinds, (_POSITION, pa.int64()), (_FILE, pa.string())])
     tasks = _tasks(files)
 
     def read(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -292,11 +285,6 @@ def _tasks(files: Sequence[File]) -> list[list[File]]:
         tasks[-1].append(file)
         size += stat_of(file).size
     return tasks
-
-
-def _is_plain(names: Sequence[str]) -> bool:
-    """Whether Spark can tell the columns of a file apart, which it does without regard to case."""
-    return len({name.lower() for name in names} | {"_metadata"}) == len(names) + 1
 
 
 def _within(window: Window, column: str) -> Column:

@@ -10,6 +10,7 @@ import os
 import re
 import sqlite3
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -21,15 +22,17 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from feast import Entity, FeatureStore, FeatureView, Field, FileSource, ValueType
+from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
 from feast.data_format import ParquetFormat
 from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import RetrievalJob
+from feast.on_demand_feature_view import on_demand_feature_view
 from feast.types import Array, Bool, Bytes, FeastType, Float32, Float64, Int32, Int64, String, Struct, UnixTimestamp
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
+from headrace import spark_scan
 from headrace.audit import audit
 from headrace.chains import StreamLedger, push, replace_day
 from headrace.compact import compact
@@ -42,6 +45,7 @@ from tests.headrace.test_online import served
 from tests.headrace.test_retrieval import KEYS, TTLS_US, as_of, as_source, asked, entityless, frame_of, mapped, source
 from tests.headrace.test_scan import events, moment, write_foreign, write_history
 from tests.headrace.views import EPOCH_US, applied, config, examples, redis_online, rows, sqlite_online, view
+from tests.servers import ObjectStore
 from tests.servers.repository import ROOT
 
 SPARK = "headrace.spark.HeadraceSparkOfflineStore"
@@ -62,8 +66,8 @@ CONF = {
 
 
 @pytest.fixture(scope="module")
-def spark() -> Iterator[SparkSession]:
-    """The session that Feast's Spark parts find."""
+def spark(object_store: ObjectStore) -> Iterator[SparkSession]:
+    """The session that Feast's Spark parts find. Its workers have the object store's credentials, as this process."""
     before = os.environ.get("TZ")
     os.environ["TZ"] = "Asia/Tokyo"
     time.tzset()
@@ -100,16 +104,28 @@ class Repository:
     contracts: Mapping[str, ViewContract]
 
 
+@pytest.fixture
+def url(object_store: ObjectStore) -> str:
+    """A prefix of its own in a bucket."""
+    object_store.bucket("views")
+    return f"s3://views/{uuid.uuid4().hex}"
+
+
 @pytest.fixture(scope="module")
-def repository(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    """Five views: one, two, three and no join keys, with and without ttl and created time, and one all mapped."""
+def repository(spark: SparkSession, object_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """Five views: one, two, three and no join keys, with and without ttl and created time, and one all mapped.
+
+    One is in an object store: files that merge and vanish, streams, pushes, days, files of others, as in the folders.
+    """
     made = []
+    object_store.bucket("spark")
+    bucket = {"path": "s3://spark/two", "endpoint": object_store.url}
     for name, keys in KEYS.items():
         if name in ("none", "mapped"):
             made.append((entityless if name == "none" else mapped)(name, TTLS_US[name]))
         else:
             ttl = timedelta(microseconds=TTLS_US[name])
-            made.append(view(name, keys, ttl=ttl, created=name != "three"))
+            made.append(view(name, keys, ttl=ttl, created=name != "three", **(bucket if name == "two" else {})))
     # Characters that mean something in a pattern of paths, or in a URL.
     store, contracts = applied(tmp_path_factory.mktemp("spark") / "a [b] {c} %20 ü", None, *made)
     return Repository(store, on_spark(store), {contract.name: contract for contract in contracts})
@@ -271,35 +287,38 @@ TYPES: dict[str, tuple[FeastType, list[Any]]] = {
 }
 
 
-def test_values_of_every_kind_come_as_they_are_and_names_of_any_spelling(spark: SparkSession, tmp_path: Path) -> None:
-    """Two views: one that Spark reads itself; one whose names Spark cannot tell apart, which Python workers read."""
+def test_values_of_every_kind_come_as_they_are_and_names_of_any_spelling(
+    spark: SparkSession, object_store: ObjectStore, url: str, tmp_path: Path
+) -> None:
+    """Two views: one that Spark reads itself; one that Python workers read.
+
+    It is in an object store, and has names that mean something to Spark and to SQL.
+    """
     plain = [Field(name=name, dtype=kind) for name, (kind, _) in TYPES.items()]
-    odd = [Field(name=name, dtype=Int64) for name in ("Value", "value", "select")]
-    ours, contracts = applied(tmp_path, None, view("plain", features=plain), view("odd", features=odd))
+    odd = [*plain, *(Field(name=name, dtype=Int64) for name in ("_metadata", "c0", "select"))]
+    in_bucket = view("odd", features=odd, path=url, endpoint=object_store.url)
+    ours, contracts = applied(tmp_path, None, view("plain", features=plain), in_bucket)
     store = on_spark(ours)
-    push(
-        contracts[0],
-        rows(
-            contracts[0],
-            [{"id": n, "at": n, **{name: some[n] for name, (_, some) in TYPES.items()}} for n in range(3)],
-        ),
-    )
-    push(contracts[1], rows(contracts[1], [{"id": n, "at": n, "Value": n, "value": -n, "select": 0} for n in range(3)]))
+    for contract in contracts:
+        made = [{name: some[n] for name, (_, some) in TYPES.items()} for n in range(3)]
+        more = [{"id": n, "at": n, "_metadata": n, "c0": -n, "select": 0} for n in range(3)]
+        push(contract, rows(contract, [{**values, **rest} for values, rest in zip(made, more, strict=True)]))
     frame = pd.DataFrame({"id": [2, 0, 1, 9], "event_timestamp": [moment(5)] * 4})
-    references = [f"plain:{name}" for name in TYPES] + ["odd:Value", "odd:value", "odd:select"]
-    by_ours = ours.get_historical_features(frame, references).to_arrow()
-    found = store.get_historical_features(frame, references).to_arrow()
-    assert found.schema == by_ours.schema
-    assert repr(found.to_pylist()) == repr(by_ours.to_pylist())
-    pd.testing.assert_frame_equal(
-        store.get_historical_features(frame, references).to_df(),
-        ours.get_historical_features(frame, references).to_df(),
-    )
+    references = [f"{c.name}:{name}" for c in contracts for name in c.features]
+    by_ours = ours.get_historical_features(frame, references, full_feature_names=True)
+    job = store.get_historical_features(frame, references, full_feature_names=True)
+    found = job.to_arrow()
+    assert found.schema == by_ours.to_arrow().schema
+    assert repr(found.to_pylist()) == repr(by_ours.to_arrow().to_pylist())
+    pd.testing.assert_frame_equal(found.to_pandas(), by_ours.to_df())
     keys = [{"id": n} for n in range(3)]
     store.materialize(moment(0), moment(9))
     found_online = [served(ours, contract, keys) for contract in contracts]
-    assert [row["Value"] for row in found_online[1]] == [0, 1, 2]
-    # Feast's own engine gives the same, but for columns that differ by case, and whole numbers beside a null, which it
+    odds = [[row.pop(name) for name in ("_metadata", "c0", "select")] for row in found_online[1]]
+    assert odds == [[0, 0, 0], [1, -1, 0], [2, -2, 0]]
+    assert repr(found_online[1]) == repr(found_online[0])
+    assert audit(ours, contracts[1]).diverged == 0
+    # Feast's own engine gives the same, but for whole numbers beside a null, which it
     # takes for floats.
     stock = on_spark(ours, "spark.engine", {**sqlite_online(), "path": "data/stock-engine.db"})
     stock.apply([stock.get_feature_view("plain")])
@@ -346,6 +365,92 @@ def test_a_range_of_time_without_entities_and_entities_from_sql(spark: SparkSess
     path = tmp_path / "saved"
     job.persist(SavedDatasetFileStorage(path=str(path), file_format=ParquetFormat()))
     assert pq.read_table(path).num_rows == 4
+
+
+@pytest.mark.filterwarnings("ignore:On demand feature view")
+def test_views_that_grew_services_and_functions_on_demand(spark: SparkSession, tmp_path: Path) -> None:
+    """Keys and values at the bounds of their type; entity rows that come twice, with times of another zone."""
+    count = Field(name="count", dtype=Int64)
+    ours, (old, _) = applied(tmp_path, None, view(features=[count]), view("empty"))
+    low, high = -(2**63), 2**63 - 1
+    push(old, rows(old, [{"id": low, "at": 1, "count": high}, {"id": high, "at": 1, "count": low}]))
+    later = [Field(name="value", dtype=Float64), Field(name="tags", dtype=Array(String))]
+    entities, grown = view(features=[count, *later])
+
+    def doubled(inputs: pd.DataFrame) -> pd.DataFrame:
+        return pd.DataFrame({"twice": inputs["value"] * 2})
+
+    on_demand = on_demand_feature_view(
+        sources=[grown], schema=[Field(name="twice", dtype=Float64)], mode="pandas", name="doubled"
+    )(doubled)
+    ends = [grown.with_name(end).with_join_key_map({"id": f"{end}_id"})[["count"]] for end in ("first", "last")]
+    ours.apply([*entities, grown, on_demand, FeatureService(name="trip", features=ends)])
+    new = ViewContract.from_feast(ours.get_feature_view("stats"), ours.config)
+    push(new, rows(new, [{"id": high, "at": 4, "count": 1, "value": -0.0, "tags": ["é", ""]}]))
+    store = on_spark(ours)
+    times = pd.to_datetime([moment(n) for n in (5, 3, 5, 0, 5)]).tz_convert("Asia/Kolkata")
+    frame = pd.DataFrame({"id": [high, high, high, low, low], "event_timestamp": times})
+    references = ["stats:count", "stats:value", "stats:tags", "empty:value", "doubled:twice"]
+    for full_names in (True, False):
+        more = {"full_feature_names": full_names}
+        asked_for = references if full_names else [r for r in references if r != "empty:value"]
+        found = store.get_historical_features(frame, asked_for, **more).to_arrow()
+        expected = ours.get_historical_features(frame, asked_for, **more).to_arrow()
+        assert found.schema == expected.schema
+        assert repr(found.to_pylist()) == repr(expected.to_pylist())
+    assert found.column("count").to_pylist() == [1, low, 1, None, high]
+    pairs = pd.DataFrame({"first_id": [low, high], "last_id": [high, 1], "event_timestamp": [moment(2)] * 2})
+    by_service = store.get_historical_features(pairs, store.get_feature_service("trip"), full_feature_names=True)
+    assert by_service.to_df()["first__count"].tolist() == [high, low]
+    assert by_service.to_arrow().column("last__count").to_pylist() == [low, None]
+    store.materialize(moment(0), moment(9))
+    assert [row["count"] for row in served(ours, new, [{"id": low}, {"id": high}])] == [high, 1]
+    assert audit(ours, new).diverged == 0
+
+
+def test_files_that_vanish_before_spark_reads_them_are_looked_for_again(
+    spark: SparkSession, object_store: ObjectStore, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the session would pass over them."""
+    in_bucket = view("bucket", path=url, endpoint=object_store.url)
+    ours, contracts = applied(tmp_path, None, view(), in_bucket)
+    store = on_spark(ours)
+    frame = pd.DataFrame({"id": [0, 1, 2], "event_timestamp": [moment(99)] * 3})
+    asked, vanished = 0, 0
+
+    def merging(real: Any) -> Any:
+        def then(session: Any, contract: ViewContract, files: Any, *more: Any, **named: Any) -> Any:
+            nonlocal vanished
+            made = real(session, contract, files, *more, **named)
+            if vanished < asked:
+                compact(contract, grace_s=0)
+                replace_day(contract, date(2026, 1, 1), rows(contract, [event(7, 1, float(asked))]), read_us=asked)
+                vanished += not all(file.exists() for file in files)
+            return made
+
+        return then
+
+    monkeypatch.setattr("headrace.spark.newest", merging(spark_scan.newest))
+    monkeypatch.setattr("headrace.spark.as_of", merging(spark_scan.as_of))
+    spark.conf.set("spark.sql.files.ignoreMissingFiles", "true")
+    try:
+        for contract in contracts:
+            ledger = StreamLedger(contract, contract.name, 0)
+            for ask in ("materialize", "retrieve"):
+                asked += 1
+                end = ledger.end().end
+                for n in range(end, end + 12):
+                    ledger.append(0, n, n + 1, rows(contract, [event(n % 3, n)]), accepted=np.array([n]))
+                replace_day(contract, date(2026, 1, 1), rows(contract, [event(7, 1)]), read_us=asked)
+                if ask == "materialize":
+                    store.materialize(moment(0), moment(99), feature_views=[contract.name])
+                    assert audit(ours, contract).diverged == 0
+                else:
+                    found = store.get_historical_features(frame, [f"{contract.name}:count"]).to_arrow()
+                    assert found.column("count").to_pylist() == [end + 9, end + 10, end + 11]
+    finally:
+        spark.conf.unset("spark.sql.files.ignoreMissingFiles")
+    assert vanished == asked == 4
 
 
 def counts(job: RetrievalJob) -> list[tuple[int | None, int | None]]:
