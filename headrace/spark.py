@@ -266,6 +266,13 @@ class HeadraceSparkOfflineStore(SparkOfflineStore):
         store = HeadraceOfflineStore if is_parquet(feature_view.batch_source) else SparkOfflineStore
         store.offline_write_batch(config, feature_view, table, progress)
 
+    def validate_data_source(self, config: RepoConfig, data_source: DataSource) -> None:
+        """For `feast apply`; see `HeadraceOfflineStore.validate_data_source`."""
+        if is_parquet(data_source):
+            HeadraceOfflineStore().validate_data_source(config, data_source)
+        else:
+            super().validate_data_source(config, data_source)
+
     def get_table_column_names_and_types_from_data_source(
         self, config: RepoConfig, data_source: DataSource
     ) -> Iterable[tuple[str, str]]:
