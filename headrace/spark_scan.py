@@ -12,10 +12,10 @@ compared as instants, whatever the session's zone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import Window as Over
@@ -23,31 +23,18 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import BinaryType, StructField, StructType
 
+from headrace import spark_worker
 from headrace.contract import TIMESTAMP, ViewContract
 from headrace.place import File, stat_of
-from headrace.scan import (
-    AS_OF,
-    ROWS_A_CHUNK,
-    History,
-    PointInTime,
-    Window,
-    connection,
-    microseconds,
-    named,
-    parts_of,
-    tails_of,
-    window_of,
-)
+from headrace.scan import AS_OF, PointInTime, Window, microseconds, parts_of, window_of
+from headrace.spark_worker import FILE, POSITION, TAIL
 
-TAIL = "tail"
 FOUND = "found"
 """The struct of the features that a row has as of its time, in the order wanted."""
 
-_FILE, _POSITION, _TIMES, _NOBODY = "file", "position", "times", "nobody"
+_TIMES, _NOBODY = "times", "nobody"
 _TIMES_TYPE = from_arrow_schema(pa.schema([("event", TIMESTAMP), ("made", TIMESTAMP)]))
 _MAX_TTL_US = 1 << 61
-_WORKER_MEMORY = "1GB"
-"""Of a Python worker's DuckDB, which streams a file."""
 _TASK_BYTES = 64 << 20
 """How much Python workers read in a task, where files are smaller."""
 
@@ -157,7 +144,7 @@ class _History:
         if self._native is None:
             rows = _read_others(self._session, self.contract, self._others, self._window, names)
         else:
-            rows = self._native.select(*names, _POSITION, _FILE)
+            rows = self._native.select(*names, POSITION, FILE)
             if self._others:
                 rows = rows.unionAll(_read_others(self._session, self.contract, self._others, self._window, names))
         return rows.where(_within(self._window, self.time))
@@ -211,7 +198,7 @@ def _winners(history: _History, best: DataFrame, *, are_few: bool) -> DataFrame:
     names = [f"c{i}" for i in range(len(contract.schema))]
     rows = history.decided(history.rows())
     candidates = rows.join(F.broadcast(best) if are_few else best, [*history.keys, _TIMES])
-    tailed = history.decided(_with_tails(contract, history.files, candidates.select(*names, _FILE, _POSITION)))
+    tailed = history.decided(_with_tails(contract, history.files, candidates.select(*names, FILE, POSITION)))
     every = F.max_by(F.struct(*names, TAIL, _NOBODY, _TIMES), F.col(TAIL)).alias("row")
     return tailed.groupBy(*contract_keys(contract), _TIMES).agg(every).select("row.*")
 
@@ -221,21 +208,7 @@ def _with_tails(contract: ViewContract, files: Sequence[File], candidates: DataF
     names = [f"c{i}" for i in range(len(contract.schema))]
     schema = StructType([*(candidates.schema[name] for name in names), StructField(TAIL, BinaryType())])
     by_path = {str(file): file for file in files}
-
-    def add(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            if not batch.num_rows:
-                continue
-            table = pa.Table.from_batches([batch])
-            paths = table.column(_FILE).to_pylist()
-            parts = parts_of(contract, [by_path[path] for path in set(paths)], Window())
-            number_of = {str(part.path): number for number, part in enumerate(parts)}
-            numbers = np.array([number_of[path] for path in paths])
-            tails = tails_of(contract, parts, numbers, table.column(_POSITION).to_numpy(), named(contract, table))
-            bytes_of = pa.array([tail.tobytes() for tail in tails], pa.binary())
-            yield from table.select(names).append_column(TAIL, bytes_of).to_batches()
-
-    return candidates.mapInArrow(add, schema)
+    return candidates.mapInArrow(partial(spark_worker.add_tails, contract, by_path), schema)
 
 
 def _read_native(session: SparkSession, contract: ViewContract, files: Sequence[Path]) -> DataFrame:
@@ -246,8 +219,8 @@ def _read_native(session: SparkSession, contract: ViewContract, files: Sequence[
     rows = reader.parquet(*(f"file://{path}" for path in files))
     names = [f"c{i}" for i in range(len(contract.schema))]
     place = rows.metadataColumn("_metadata")
-    placed = rows.select("*", place["row_index"], place["file_name"]).toDF(*names, _POSITION, _FILE)
-    return placed.withColumn(_FILE, F.concat(F.lit(f"{contract.directory}/"), F.col(_FILE)))
+    placed = rows.select("*", place["row_index"], place["file_name"]).toDF(*names, POSITION, FILE)
+    return placed.withColumn(FILE, F.concat(F.lit(f"{contract.directory}/"), F.col(FILE)))
 
 
 def _read_others(
@@ -255,23 +228,10 @@ def _read_others(
 ) -> DataFrame:
     """Files that Spark would read otherwise than we do, or not at all."""
     kinds = [(name, contract.schema.types[int(name.removeprefix("c"))]) for name in names]
-    schema = pa.schema([*kinds, (_POSITION, pa.int64()), (_FILE, pa.string())])
+    schema = pa.schema([*kinds, (POSITION, pa.int64()), (FILE, pa.string())])
     tasks = _tasks(files)
-
-    def read(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for path in (path for batch in batches for task in batch.column(0).to_pylist() for path in tasks[task]):
-            with connection(_WORKER_MEMORY, [path]) as con:
-                con.execute("SET threads = 1")  # which a task has
-                found = History(con, contract, [path], window)
-                rows = con.sql(
-                    f"SELECT {', '.join(names)}, {_POSITION} FROM history WHERE {window.condition(found.time)}"
-                )
-                for batch in rows.to_arrow_reader(ROWS_A_CHUNK):
-                    table = pa.Table.from_batches([batch])
-                    yield from table.append_column(_FILE, pa.repeat(str(path), len(table))).cast(schema).to_batches()
-
     numbers = session.range(0, len(tasks), 1, max(1, len(tasks)))
-    return numbers.mapInArrow(read, from_arrow_schema(schema))
+    return numbers.mapInArrow(partial(spark_worker.read, contract, tasks, window, schema), from_arrow_schema(schema))
 
 
 def _tasks(files: Sequence[File]) -> list[list[File]]:

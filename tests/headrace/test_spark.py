@@ -330,20 +330,6 @@ def test_values_of_every_kind_come_as_they_are_and_names_of_any_spelling(
     assert audit(ours, contracts[0]).diverged == 0
 
 
-def test_files_of_others_and_of_an_older_schema(spark: SparkSession, tmp_path: Path) -> None:
-    ours, (contract,) = applied(tmp_path)
-    store = on_spark(ours)
-    push(contract, rows(contract, [event(1, 1)]))
-    write_foreign(contract, rows(contract, [event(2, 4)]))
-    pq.write_table(pa.table({"id": pa.array([3], pa.int32()), "at": [moment(2)], "made": [moment(2)], "count": ["4"]}),
-                   contract.directory / "old.parquet")  # fmt: skip
-    assert pulled(store, contract) == [(1, 1), (2, 4), (3, 4)]
-    pq.write_table(pa.table({"id": [3], "at": [moment(2)], "made": [moment(2)], "count": [5.7]}),
-                   contract.directory / "old.parquet")  # fmt: skip
-    with pytest.raises(Exception, match=r"column `count` has 5.7, which is no BIGINT"):
-        pulled(store, contract)
-
-
 def test_a_range_of_time_without_entities_and_entities_from_sql(spark: SparkSession, tmp_path: Path) -> None:
     ours, (one, two) = applied(tmp_path, None, view("one"), view("two", ttl=timedelta(microseconds=2)))
     store = on_spark(ours)
@@ -499,19 +485,6 @@ def test_an_older_row_that_arrives_later_never_wins(
     assert audit(ours, contract).diverged == 0
 
 
-def test_a_failing_write_fails_the_run_and_records_nothing(spark: SparkSession, tmp_path: Path) -> None:
-    ours, (contract,) = applied(tmp_path)
-    store = on_spark(ours)
-    push(contract, rows(contract, [event(1, 1)]))
-    with sqlite3.connect(tmp_path / "data/online.db") as connection:
-        connection.execute(
-            f"CREATE TRIGGER full BEFORE INSERT ON {ours.project}_stats BEGIN SELECT raise(ABORT, 'no room left'); END"
-        )
-    with pytest.raises(Exception, match="no room left"):
-        store.materialize(moment(0), moment(9))
-    assert store.get_feature_view("stats").materialization_intervals == []
-
-
 PAGE = ROOT / "docs" / "how-to" / "spark.md"
 
 
@@ -560,3 +533,33 @@ def test_a_repository_switches_there_and_back_by_the_blocks_of_the_page(
             exec(example.replace("/shared", str(tmp_path / "data")), {"store": store})  # noqa: S102 - the page's own
     assert found == [([0.25, 0.5], [0.5, None]), ([0.25, 0.5], [0.5, 0.25]), ([0.25, 0.5], [0.5, 0.25])]
     assert sorted(pq.read_table("data/training").column("conv_rate").to_pylist()) == [0.25, 0.5]
+
+
+# What fails in a worker ends it, and the next one starts by importing everything: so these come last.
+
+
+def test_files_of_others_and_of_an_older_schema(spark: SparkSession, tmp_path: Path) -> None:
+    ours, (contract,) = applied(tmp_path)
+    store = on_spark(ours)
+    push(contract, rows(contract, [event(1, 1)]))
+    write_foreign(contract, rows(contract, [event(2, 4)]))
+    pq.write_table(pa.table({"id": pa.array([3], pa.int32()), "at": [moment(2)], "made": [moment(2)], "count": ["4"]}),
+                   contract.directory / "old.parquet")  # fmt: skip
+    assert pulled(store, contract) == [(1, 1), (2, 4), (3, 4)]
+    pq.write_table(pa.table({"id": [3], "at": [moment(2)], "made": [moment(2)], "count": [5.7]}),
+                   contract.directory / "old.parquet")  # fmt: skip
+    with pytest.raises(Exception, match=r"column `count` has 5.7, which is no BIGINT"):
+        pulled(store, contract)
+
+
+def test_a_failing_write_fails_the_run_and_records_nothing(spark: SparkSession, tmp_path: Path) -> None:
+    ours, (contract,) = applied(tmp_path)
+    store = on_spark(ours)
+    push(contract, rows(contract, [event(1, 1)]))
+    with sqlite3.connect(tmp_path / "data/online.db") as connection:
+        connection.execute(
+            f"CREATE TRIGGER full BEFORE INSERT ON {ours.project}_stats BEGIN SELECT raise(ABORT, 'no room left'); END"
+        )
+    with pytest.raises(Exception, match="no room left"):
+        store.materialize(moment(0), moment(9))
+    assert store.get_feature_view("stats").materialization_intervals == []
