@@ -10,16 +10,16 @@ from headrace.quick_import import leave_feast_unchecked
 
 leave_feast_unchecked()
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence  # noqa: E402
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-from feast.infra.common.serde import SerializedArtifacts  # noqa: E402
+import numpy as np
+import pyarrow as pa
+from feast.infra.common.serde import SerializedArtifacts
 
-from headrace.contract import ViewContract  # noqa: E402
-from headrace.encode import encode  # noqa: E402
-from headrace.place import File  # noqa: E402
-from headrace.scan import ROWS_A_CHUNK, History, Window, connection, named, parts_of, tails_of  # noqa: E402
+from headrace.contract import ViewContract
+from headrace.encode import encode
+from headrace.place import File
+from headrace.scan import ROWS_A_CHUNK, History, Window, connection, named, parts_of, tails_of
 
 FILE, POSITION, TAIL = "file", "position", "tail"
 
