@@ -77,7 +77,7 @@ chaos: setup ## everything goes wrong at once, 160 kill -9 and more, on two sets
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_CAMPAIGN=1 HEADRACE_TEST_CHAOS_ROUNDS=20 HEADRACE_TEST_CHAOS_ROUND_SECONDS=60 \
 	    $(PYTHON) -m pytest -s tests/streaming/test_chaos.py tests/streaming/test_outages.py $(ARGS)
 
-campaign-stores: setup ## property tests and crash mixes of the stores, 2,000 examples each; audits of a million keys (an hour)
+campaign-stores: setup ## property tests and crash mixes of the stores, 2,000 examples each, 100 of Spark; audits of a million keys (two hours)
 	HEADRACE_REQUIRE_ALL=1 HEADRACE_TEST_EXAMPLES=2000 HEADRACE_TEST_KEYS=1000000 $(PYTHON) -m pytest --timeout 7200 tests/headrace $(ARGS)
 
 campaign-batch: setup ## kill -9 at every step of every batch task, in three ways, and 100 histories of dirty days a database (several hours)

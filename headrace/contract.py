@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,8 @@ class ViewContract:
 
         Raises:
             ConfigError: the view has no `FileSource` to hold its history, maps fields differently in its two sources,
-                lacks a type or has one that cannot be served, or has a tag that cannot be understood.
+                lacks a type or has one that cannot be served, has columns whose names differ by case alone, or has a
+                tag that cannot be understood.
         """
         source = view.batch_source
         if not isinstance(source, FileSource):
@@ -149,6 +150,7 @@ class ViewContract:
         columns.append(pa.field(timestamp, TIMESTAMP))
         if created is not None:
             columns.append(pa.field(created, TIMESTAMP))
+        _refuse_alike(view, [column.name for column in columns])
         options = stream.kafka_options if stream is not None else None
         message_format = options.message_format if options is not None else None
         return cls(
@@ -256,6 +258,18 @@ def _column(view: FeatureView, field: Field, name: str, *, is_key: bool) -> pa.F
         )
         raise ConfigError(msg)
     return pa.field(name, kind)
+
+
+def _refuse_alike(view: FeatureView, names: Sequence[str]) -> None:
+    """Where names differ by case alone: DuckDB and Spark would read one column for both."""
+    lower: dict[str, str] = {}
+    for name in names:
+        if (other := lower.setdefault(name.lower(), name)) != name:
+            msg = (
+                f"feature view `{view.name}`: expected columns that differ by more than case, found `{other}` and "
+                f"`{name}`, which readers of Parquet do not tell apart; rename one of them"
+            )
+            raise ConfigError(msg)
 
 
 _KEY_TYPES = (Int32, Int64, String, Bytes, UnixTimestamp)

@@ -272,19 +272,17 @@ class History:
         self._contract = contract
         self._filters = 0
         self._types = [str(kind) for kind in con.from_arrow(contract.schema.empty_table()).types]
-        own_columns = columns_id(contract.schema)
-        places = [place for path in files if (place := _place(contract, path, window, own_columns)) is not None]
-        self._places = sorted(places, key=lambda place: place.stream or ())
-        streams = [place.stream for place in places if place.stream is not None]
+        self._parts = parts = parts_of(contract, files, window)
+        streams = [part.stream for part in parts if part.stream is not None]
         one_topic = len({s[:3] for s in streams}) == len({s[:2] for s in streams})
-        is_ranked = one_topic and not any(place.is_replay for place in places)
-        self._ranked_from = len(places) - len(streams) if is_ranked else len(places)
-        self._is_held = len(places) > _FEW_FILES and (
-            sum(stat_of(place.path).size for place in places) < len(places) * _SMALL_FILE_BYTES
+        is_ranked = one_topic and not any(part.is_replay for part in parts)
+        self._ranked_from = len(parts) - len(streams) if is_ranked else len(parts)
+        self._is_held = len(parts) > _FEW_FILES and (
+            sum(stat_of(part.path).size for part in parts) < len(parts) * _SMALL_FILE_BYTES
         )
         self._refuse_fractions()
         kind = "TABLE" if self._is_held else "VIEW"
-        self._execute(f"CREATE TEMP {kind} history AS {self._select(range(len(places)))}")
+        self._execute(f"CREATE TEMP {kind} history AS {self._select(range(len(parts)))}")
 
     def column(self, name: str) -> str:
         """A column of the contract's schema in SQL."""
@@ -295,15 +293,9 @@ class History:
         """The event time in SQL."""
         return self.column(self._contract.timestamp_field)
 
-    def numbers(self, paths: Sequence[str]) -> Int64s:
-        """The `file` of rows, by their paths, of which each must have rows."""
-        known = {str(place.path): number for number, place in enumerate(self._places)}
-        return np.array([known[path] for path in paths], dtype=np.int64)
-
     def named(self, table: pa.Table) -> pa.Table:
-        """Rows in the contract's schema, from a table with the columns of `history`."""
-        schema = self._contract.schema
-        return table.select([f"c{i}" for i in range(len(schema))]).rename_columns(schema.names).cast(schema)
+        """See `named`."""
+        return named(self._contract, table)
 
     def find_newest(self, window: Window, keys: pa.Table | None, sample: Sample | None = None) -> int:
         """Find the newest row of each key, or of these keys or a sample alone; return how many there are."""
@@ -396,29 +388,9 @@ class History:
                     yield pa.Table.from_batches([batch])
 
     def tails(self, table: pa.Table, *, hashed: bool = False) -> Tails:
-        """The tails of rows in the columns of `history`; zeros for rows that no record was, or, if asked, hashes."""
+        """See `tails_of`."""
         files, positions = table.column("file").to_numpy(), table.column("position").to_numpy()
-        tails = np.zeros((len(files), 17), dtype=np.uint8)
-        for number in np.unique(files):
-            place = self._places[number]
-            if place.stream is not None:
-                rows = np.flatnonzero(files == number)
-                epoch, partition, _, _ = place.stream
-                stat = stat_of(place.path)
-                accepted = _accepted(place.path, stat.size, stat.mtime_ns, stat.identity)
-                tails[rows] = stream_tails(Origin(epoch, partition, accepted[positions[rows]]))
-            elif place.is_replay:
-                rows = np.flatnonzero(files == number)
-                origins = [stream_tails(Origin(*origin)) for origin in read_origins(read_footer(place.path))]
-                tails[rows] = np.concatenate(origins)[positions[rows]]
-        others = np.flatnonzero(tails[:, 0] == 0)
-        if hashed and len(others):
-            contract, rows_of_others = self._contract, self.named(table).take(pa.array(others))
-            tails[others] = hash_tails(
-                {contract.view_name(name): encode_values(contract, rows_of_others, name) for name in contract.features},
-                schema_id(contract.feature_view),
-            )
-        return tails
+        return tails_of(self._contract, self._parts, files, positions, self.named(table) if hashed else None)
 
     def _likely(self, table: str, columns: Sequence[str]) -> str:
         """A condition that holds for every row whose columns are in a table, and for few others: a Bloom filter.
@@ -479,17 +451,17 @@ class History:
             nulls = ", ".join(f"NULL::{kind} AS {name}" for name, kind in zip(names, self._types, strict=True))
             return f"SELECT {nulls}, true AS nobody, 0::BIGINT AS file, 0::BIGINT AS position WHERE false"
         owns = self._contract.schema.names
-        places = [self._places[number] for number in files]
+        parts = [self._parts[number] for number in files]
         mapped = ""
         selected = [f"{quoted(own)} AS {name}" for own, name in zip(owns, names, strict=True)]
-        if not all(place.is_as_is for place in places):
+        if not all(part.is_as_is for part in parts):
             columns = ", ".join(
                 f"{_text(own)}: {{name: '{name}', type: {_text(kind)}, default_value: NULL}}"
                 for own, name, kind in zip(owns, names, self._types, strict=True)
             )
             mapped, selected = f"schema = MAP {{{columns}}}, ", names
-        listed = ", ".join(_text(str(place.path)) for place in places)
-        every = len(files) == len(self._places)
+        listed = ", ".join(_text(str(part.path)) for part in parts)
+        every = len(files) == len(self._parts)
         number = "file_index" if every else f"[{', '.join(map(str, files))}][CAST(file_index AS BIGINT) + 1]"
         return (
             f"SELECT {', '.join(selected)}, true AS nobody, CAST({number} AS BIGINT) AS file, "
@@ -498,7 +470,7 @@ class History:
 
     def _refuse_fractions(self) -> None:
         """Where a column of whole numbers is one of floats in a file: DuckDB would round what has a fraction."""
-        others = [place.path for place in self._places if not place.is_as_is]
+        others = [part.path for part in self._parts if not part.is_as_is]
         for number, field in enumerate(self._contract.schema):
             if not pa.types.is_integer(field.type):
                 continue
@@ -537,6 +509,12 @@ class History:
             raise SchemaError(msg) from error
 
 
+def named(contract: ViewContract, table: pa.Table) -> pa.Table:
+    """Rows in the contract's schema, from a table with the columns of `History`."""
+    schema = contract.schema
+    return table.select([f"c{i}" for i in range(len(schema))]).rename_columns(schema.names).cast(schema)
+
+
 def reading(
     find: Callable[[], Found], files_of: Callable[[Found], Sequence[File]], work: Callable[[Found], Result]
 ) -> Result:
@@ -568,7 +546,7 @@ def window_of(entities: pa.Table, join: PointInTime) -> Window | None:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Part:
     """A file that may have rows within a window.
 
     Attributes:
@@ -583,11 +561,45 @@ class _Place:
     is_as_is: bool = False
 
 
-def _place(contract: ViewContract, path: File, window: Window, own_columns: str) -> _Place | None:
+def parts_of(contract: ViewContract, files: Sequence[File], window: Window) -> list[Part]:
+    """The files that may have rows within a window; of streams a later one has the rows of greater tails."""
+    own_columns = columns_id(contract.schema)
+    parts = (_part(contract, path, window, own_columns) for path in files)
+    return sorted((part for part in parts if part is not None), key=lambda part: part.stream or ())
+
+
+def tails_of(
+    contract: ViewContract, parts: Sequence[Part], files: Int64s, positions: Int64s, rows: pa.Table | None
+) -> Tails:
+    """The tails of rows, by the number of their file among the parts and their position in it.
+
+    Args:
+        rows: in the contract's schema, aligned; of those that no record was, the hash is taken. Without it zeros.
+    """
+    tails = np.zeros((len(files), 17), dtype=np.uint8)
+    for number in np.unique(files):
+        part, here = parts[number], np.flatnonzero(files == number)
+        if part.stream is not None:
+            epoch, partition, _, _ = part.stream
+            stat = stat_of(part.path)
+            accepted = _accepted(part.path, stat.size, stat.mtime_ns, stat.identity)
+            tails[here] = stream_tails(Origin(epoch, partition, accepted[positions[here]]))
+        elif part.is_replay:
+            origins = [stream_tails(Origin(*origin)) for origin in read_origins(read_footer(part.path))]
+            tails[here] = np.concatenate(origins)[positions[here]]
+    others = np.flatnonzero(tails[:, 0] == 0)
+    if rows is not None and len(others):
+        taken = rows.take(pa.array(others))
+        values = {contract.view_name(name): encode_values(contract, taken, name) for name in contract.features}
+        tails[others] = hash_tails(values, schema_id(contract.feature_view))
+    return tails
+
+
+def _part(contract: ViewContract, path: File, window: Window, own_columns: str) -> Part | None:
     """A file as its name and footer have it; None if it has no rows within. One of somebody else may have any."""
     name = parse_name(path.name) if path.parent == contract.directory else None
     if name is None:
-        return _Place(path)
+        return Part(path)
     footer = read_footer(path)
     if footer.min_us is None or footer.max_us is None or not window.meets(footer.min_us, footer.max_us):
         return None
@@ -596,7 +608,7 @@ def _place(contract: ViewContract, path: File, window: Window, own_columns: str)
         topic, partition, epoch = chain
         stream = epoch, partition, topic, name.first
     is_replay = isinstance(name, SegmentName) and name.chain.startswith(REPLAY)
-    return _Place(path, stream, is_replay, footer.columns == own_columns)
+    return Part(path, stream, is_replay, footer.columns == own_columns)
 
 
 @lru_cache(maxsize=64)

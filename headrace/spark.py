@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
 from itertools import chain
@@ -60,9 +60,9 @@ from pyspark.sql.types import (
     TimestampType,
 )
 
+from headrace import spark_worker
 from headrace.chains import Folder
 from headrace.contract import TIMESTAMP, ViewContract
-from headrace.encode import encode
 from headrace.errors import ConfigError
 from headrace.offline import (
     AskedView,
@@ -78,13 +78,12 @@ from headrace.online import NewestWinsStore
 from headrace.place import File
 from headrace.scan import AS_OF, PointInTime, Window, reading
 from headrace.segments import time_bounds
-from headrace.spark_scan import FOUND, TAIL, as_of, gathered, history, moments, newest
+from headrace.spark_scan import FOUND, as_of, gathered, history, moments, newest
 
 _ROW = "row"
 _FEW_ENTITIES = 1_000_000
 """Entity frames up to here are broadcast: some tens of megabytes."""
 
-_ROWS_A_WRITE = 100_000
 _INTEGERS: dict[type[DataType], int] = {ByteType: 8, ShortType: 16, IntegerType: 32, LongType: 64}
 
 
@@ -266,6 +265,13 @@ class HeadraceSparkOfflineStore(SparkOfflineStore):
         store = HeadraceOfflineStore if is_parquet(feature_view.batch_source) else SparkOfflineStore
         store.offline_write_batch(config, feature_view, table, progress)
 
+    def validate_data_source(self, config: RepoConfig, data_source: DataSource) -> None:
+        """For `feast apply`; see `HeadraceOfflineStore.validate_data_source`."""
+        if is_parquet(data_source):
+            HeadraceOfflineStore().validate_data_source(config, data_source)
+        else:
+            super().validate_data_source(config, data_source)
+
     def get_table_column_names_and_types_from_data_source(
         self, config: RepoConfig, data_source: DataSource
     ) -> Iterable[tuple[str, str]]:
@@ -305,7 +311,7 @@ class HeadraceSparkEngine(SparkComputeEngine):
             rows = newest(session, contract, files, window)
             if self.repo_config.batch_engine.partitions:
                 rows = rows.repartition(self.repo_config.batch_engine.partitions)
-            rows.mapInArrow(partial(_write, artifacts), "written long").count()
+            rows.mapInArrow(partial(spark_worker.write, artifacts), "written long").count()
 
         try:
             reading(Folder.of(contract).files, lambda files: files, work)
@@ -537,28 +543,3 @@ def _typed(frame: DataFrame, column: str, wanted: DataType, where: str) -> Colum
         return F.when(F.col(column).between(-limit, limit - 1), F.col(column).cast(wanted))
     msg = f"{where}: expected {wanted.simpleString()}, found {kind.simpleString()} in the entity_df; cast it"
     raise ConfigError(msg)
-
-
-def _write(artifacts: SerializedArtifacts, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """On an executor: write rows of `newest` to the online store; what it gives is how many of each chunk it took."""
-    view, online_store, _, config = artifacts.unserialize()  # type: ignore[no-untyped-call]
-    contract = ViewContract.from_feast(view, config)
-    size = min(online_store.rows_a_write(len(contract.schema)) or _ROWS_A_WRITE, _ROWS_A_WRITE)
-    for table in _chunks(batches, size):
-        rows = table.select([f"c{i}" for i in range(len(contract.schema))]).rename_columns(contract.schema.names)
-        tails = np.frombuffer(b"".join(table.column(TAIL).to_pylist()), dtype=np.uint8).reshape(-1, 17)
-        written = online_store.write_newest(config, view, encode(contract, rows.cast(contract.schema), tails))
-        yield pa.RecordBatch.from_arrays([pa.array([written], pa.int64())], ["written"])
-
-
-def _chunks(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
-    """Batches gathered to tables of about so many rows; none is empty."""
-    held: list[pa.RecordBatch] = []
-    for batch in batches:
-        if batch.num_rows:
-            held.append(batch)
-        if sum(b.num_rows for b in held) >= rows:
-            yield pa.Table.from_batches(held)
-            held = []
-    if held:
-        yield pa.Table.from_batches(held)

@@ -20,11 +20,13 @@ from feast.types import Array, Float64, Int64, String
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headrace import scan
+from headrace import objects, scan
 from headrace.chains import Folder, StreamLedger, push
 from headrace.contract import ViewContract
 from headrace.encode import Origin, encode_values, hash_tails, order_keys, schema_id, stream_tails
 from headrace.errors import SchemaError
+from headrace.objects import ObjectPath
+from headrace.place import File, clear
 from headrace.scan import ROWS_A_CHUNK, Window, newest
 from headrace.segments import DayName, Footer, SegmentName, create, stream_chain, time_bounds
 from tests.headrace.views import EPOCH_US, applied, examples, rows, view
@@ -68,7 +70,7 @@ def write_history(
 
     Streams have gaps between their offsets; the first half of each has been merged.
     """
-    shutil.rmtree(contract.directory, ignore_errors=True)
+    clear(contract.directory)
     ranked: list[tuple[bytes, Mapping[str, Any]]] = []
     for origin in ORIGINS:
         own = [row for row in history if row["origin"] == origin]
@@ -100,14 +102,23 @@ def write_history(
 
 def write_foreign(contract: ViewContract, table: pa.Table, name: str = "sub/foreign.parquet") -> None:
     """As pandas would: nanoseconds, columns in another order, one more."""
-    path = contract.directory / name
-    path.parent.mkdir(parents=True, exist_ok=True)
     for column in (contract.timestamp_field, contract.created_field):
         if column is not None:
             stamps = table.column(column).cast(pa.timestamp("ns", "UTC"))
             table = table.set_column(table.column_names.index(column), column, stamps)
     table = table.append_column("extra", pa.repeat(1, len(table)))
-    pq.write_table(table.select(table.column_names[::-1]), path)
+    write_file(contract.directory / name, table.select(table.column_names[::-1]))
+
+
+def write_file(path: File, table: pa.Table) -> None:
+    """A file of somebody else's."""
+    if isinstance(path, ObjectPath):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        objects.write(path, memoryview(sink.getvalue()))
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path)
 
 
 def _write_chain(contract: ViewContract, chain: str, table: pa.Table, offsets: np.ndarray[Any, Any] | None) -> None:

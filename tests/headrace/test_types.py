@@ -298,6 +298,13 @@ def test_a_key_of_another_type_is_refused(tmp_path: Path, kind: ValueType) -> No
         ViewContract.from_feast(view(keys={"id": kind})[1], config(tmp_path))
 
 
+def test_columns_that_differ_by_case_alone_are_refused(tmp_path: Path) -> None:
+    """DuckDB gives the values of the first of them for both."""
+    fields = [Field(name=name, dtype=Int64) for name in ("value", "other", "Value")]
+    with pytest.raises(ConfigError, match="found `value` and `Value`"):
+        ViewContract.from_feast(view(features=fields)[1], config(tmp_path))
+
+
 SPECIAL: dict[FeastType, Any] = {
     Bool: False,
     Int32: -(2**31),
