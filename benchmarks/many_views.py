@@ -50,7 +50,9 @@ def views(bench: Bench) -> list[tuple[str, ...]]:
         begun = time.perf_counter()
         apply_many(folder, topics, bench.valkey.address, postgres.url)
         bench.say(f"applied {VIEWS} views in {time.perf_counter() - begun:.1f} s")
-        rows = [("start until ready, the first, which makes dead-letter topics and ledgers", _started(bench, folder))]
+        rows: list[tuple[str, ...]] = [
+            ("start until ready, the first, which makes dead-letter topics and ledgers", _started(bench, folder))
+        ]
         rows.append(("start until ready, any other", _started(bench, folder)))
         with worker(bench.kafka.address, folder, bench.place() / "worker.log") as one:
             time.sleep(WARM_UP_S)
@@ -161,7 +163,8 @@ def _loaded(
                     time.sleep(LEDGER_PAUSE_S)
         waits = Waits.of(produced, stream.end_watching())
     found = np.concatenate(waits.between(begun, np.inf))
-    p50, p99, longest = (*np.quantile(found, (0.5, 0.99)).tolist(), float(found.max()))
+    p50, p99 = np.quantile(found, (0.5, 0.99)).tolist()
+    longest = float(found.max())
     of_load = f"{RATE:,} events/s over all, each in {VIEWS // TOPICS} views"
     return [
         (
