@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.events import DRIVERS, KEY, producer, send
+from benchmarks.events import DRIVERS, KEY, STEADY_LINGER_MS, producer, send
 from benchmarks.measure import Answer, serve
-from benchmarks.stream_operations import LINGER_MS, PROBE, PROBE_COUNT, TICK_S, time_text
+from benchmarks.stream_operations import PROBE, PROBE_COUNT, TICK_S, time_text
 from headrace.repository import open_store
 
 PULSE = (0.5, 0.5)
@@ -46,7 +46,7 @@ def produce(
     template = DRIVERS.template()
 
     def run(stop: str) -> Answer:
-        target = producer(address, linger_ms=LINGER_MS)
+        target = producer(address, linger_ms=STEADY_LINGER_MS)
         target.list_topics(topics[0], timeout=10.0)  # so that the first event finds the connection open
         made: list[list[float]] = [[] for _ in places]
         counts = [0] * len(places)
