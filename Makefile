@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock check docs format test campaign campaign-stores campaign-batch chaos fuzz package demo up bench bench-stream bench-stores bench-batch bench-objects bench-scale clean
+.PHONY: help setup lock check docs format test campaign campaign-stores campaign-batch chaos fuzz package demo up bench bench-stream bench-fleet bench-stores bench-batch bench-objects bench-scale clean
 
 VENV ?= .venv
 STAMP := $(VENV)/.headrace-setup
@@ -100,6 +100,9 @@ bench: setup ## the benchmarks, short: the stream, and a few rows of the stores 
 
 bench-stream: setup ## the benchmark of the stream and its peers in full, into docs/explanation/benchmarks.md (about 15 minutes)
 	$(PYTHON) -m benchmarks.stream --write docs/explanation/benchmarks.md
+
+bench-fleet: setup ## many workers that come and go, hot partitions, 200 views in one worker, into docs/explanation/benchmarks.md (about ten minutes)
+	$(PYTHON) -m benchmarks.fleet --write docs/explanation/benchmarks.md
 
 bench-stores: setup ## the benchmark of both stores in full, into docs/explanation/benchmarks.md (about 25 minutes)
 	$(PYTHON) -m benchmarks.stores --write docs/explanation/benchmarks.md

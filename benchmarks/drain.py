@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, KafkaSource, ValueType
 from feast.data_format import JsonFormat, ParquetFormat
 from feast.types import Int64
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.events import CREATED, KEY, TIME, Load, Shape, Truth
 from benchmarks.measure import ROOT, MeasureError
@@ -37,11 +38,15 @@ DRAIN_TIMEOUT_S = 900.0
 LEDGER_PAUSE_S = 0.1
 MEMORY_PAUSE_S = 0.25
 
+CPU = "process_cpu_seconds_total"
+
 STORE = """\
 # Written by `benchmarks.drain`.
 project: benchmark
 provider: local
-registry: {folder}/registry.db
+registry:
+  registry_type: {kind}
+  path: {registry}
 offline_store:
   type: headrace.offline.HeadraceOfflineStore
 online_store:
@@ -65,13 +70,7 @@ class Repository:
         self, folder: Path, topic: str, shape: Shape, redis: str | None, history: tuple[str, str] | None = None
     ) -> None:
         folder.mkdir(parents=True)
-        kind = "redis" if redis is None or redis.count(":") == 1 else "redis_cluster"
-        online = (
-            f"headrace.sqlite.HeadraceSqliteOnlineStore\n  path: {folder}/online.db"
-            if redis is None
-            else f'headrace.redis.HeadraceRedisOnlineStore\n  connection_string: "{redis}"\n  redis_type: {kind}'
-        )
-        (folder / "feature_store.yaml").write_text(STORE.format(folder=folder, online=online), encoding="utf-8")
+        (folder / "feature_store.yaml").write_text(store_yaml(folder, redis), encoding="utf-8")
         self.folder = folder
         self.shape = shape
         self._topic = topic
@@ -82,6 +81,23 @@ class Repository:
     def end(self, partitions: int) -> int:
         """Where the ledgers of the partitions end, together."""
         return sum(StreamLedger(self.contract, self._topic, number).end().end for number in range(partitions))
+
+
+def store_yaml(folder: Path, redis: str | None, registry: str | None = None) -> str:
+    """A `feature_store.yaml`.
+
+    Args:
+        redis: see `Repository`.
+        registry: the URL of a database; None is a file in the folder.
+    """
+    redis_type = "redis" if redis is None or redis.count(":") == 1 else "redis_cluster"
+    online = (
+        f"headrace.sqlite.HeadraceSqliteOnlineStore\n  path: {folder}/online.db"
+        if redis is None
+        else f'headrace.redis.HeadraceRedisOnlineStore\n  connection_string: "{redis}"\n  redis_type: {redis_type}'
+    )
+    kind = "file" if registry is None else "sql"
+    return STORE.format(online=online, kind=kind, registry=registry or folder / "registry.db")
 
 
 def declarations(folder: Path, topic: str, shape: Shape, history: tuple[str, str] | None = None) -> list[Any]:
@@ -161,7 +177,7 @@ def drain(broker: str, load: Load, repo: Repository, truth: Truth, log: Path) ->
         MeasureError: the worker failed, or the stores do not hold what they should.
     """
     memory = Memory()
-    with worker(broker, repo, log) as running_worker:
+    with worker(broker, repo.folder, log) as running_worker:
         begun = running_worker.begun
         ready = time.perf_counter()
         running_worker.is_in_time(DRAIN_TIMEOUT_S)
@@ -238,14 +254,14 @@ class RunningWorker:
 
 
 @contextlib.contextmanager
-def worker(broker: str, repo: Repository, log: Path) -> Iterator[RunningWorker]:
-    """Start a worker with its defaults and wait until it is ready; the context ends it.
+def worker(broker: str, repo: Path, log: Path) -> Iterator[RunningWorker]:
+    """Start a worker on a feature repository with its defaults, and wait until it is ready; the context ends it.
 
     Raises:
         MeasureError: it did not become ready.
     """
     port = free_port()
-    env = environment(feature_repo=repo.folder, broker=broker, web_port=port)
+    env = environment(feature_repo=repo, broker=broker, web_port=port)
     begun = time.perf_counter()
     with running([sys.executable, "-m", "faust", "-A", "streaming", "worker", "-l", "info"], env, log) as process:
         while not is_ready(port):
@@ -291,6 +307,17 @@ def ensure_running(process: subprocess.Popen[bytes], log: Path, begun: float, ti
 def tail(log: Path) -> str:
     """The end of a log."""
     return log.read_text(errors="replace")[-3_000:]
+
+
+def counted(port: int) -> dict[str, float]:
+    """What a worker counts, all labels of a metric together."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10.0) as answer:
+        text = answer.read().decode()
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found
 
 
 def is_ready(port: int) -> bool:

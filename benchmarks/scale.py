@@ -20,20 +20,20 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import numpy as np
 import redis
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import plan
 from benchmarks.drain import (
+    CPU,
     DRAIN_TIMEOUT_S,
     LEDGER_PAUSE_S,
     START_TIMEOUT_S,
     Repository,
     RunningWorker,
     compare,
+    counted,
     worker,
 )
 from benchmarks.events import DRIVERS, MIDDLE, SHAPES, WIDE, truth
@@ -70,7 +70,6 @@ HEADS = (
 BOUND = 0.25
 """By how much what the model foretells may be off."""
 
-CPU = "process_cpu_seconds_total"
 PACKAGES = ("feast", "faust-streaming", "aiokafka", "pyarrow", "redis", "hiredis")
 
 
@@ -181,9 +180,9 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
         before = _store_figures(client)
         with contextlib.ExitStack() as stack:
             logs = [place / f"worker-{number}.log" for number in range(point.workers)]
-            running = [stack.enter_context(worker(bench.kafka.address, repo, log)) for log in logs]
+            running = [stack.enter_context(worker(bench.kafka.address, repo.folder, log)) for log in logs]
             _wait_shared(running, load.partitions)
-            ready = [_figures(one)[CPU] for one in running]
+            ready = [counted(one.port)[CPU] for one in running]
             begun = time.perf_counter()
             bench.produce(load, point.rate)
             while repo.end(load.partitions) < load.count:
@@ -191,7 +190,7 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
                     one.is_in_time(DRAIN_TIMEOUT_S)
                 time.sleep(LEDGER_PAUSE_S)
             took_s = time.perf_counter() - begun
-            figures = [_figures(one) for one in running]
+            figures = [counted(one.port) for one in running]
         after = _store_figures(client)
         key_bytes = float(np.mean([client.memory_usage(client.randomkey()) for _ in range(SAMPLES)]))
     compare(repo, load, truth(load, SAMPLES))
@@ -216,21 +215,10 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
 
 def _wait_shared(running: Sequence[RunningWorker], partitions: int) -> None:
     """Wait until each worker has its share of the partitions."""
-    while any(_figures(one)["headrace_assigned_partitions"] != partitions // len(running) for one in running):
+    while any(counted(one.port)["headrace_assigned_partitions"] != partitions // len(running) for one in running):
         for one in running:
             one.is_in_time(START_TIMEOUT_S)
         time.sleep(LEDGER_PAUSE_S)
-
-
-def _figures(one: RunningWorker) -> dict[str, float]:
-    """What a worker counts, all labels of a metric together."""
-    with urlopen(f"http://127.0.0.1:{one.port}/metrics", timeout=10.0) as answer:
-        text = answer.read().decode()
-    found: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            found[sample.name] = found.get(sample.name, 0.0) + sample.value
-    return found
 
 
 def _store_figures(client: redis.Redis) -> tuple[float, float]:

@@ -271,7 +271,7 @@ def observe(bench: Bench, name: str, rate: int, length_s: float, probes: list[fl
         bench.operation("produce-steadily", **load) as producer,
         bench.operation("watch-online", **reading) as online,
         bench.operation("watch-offline", **reading) as offline,
-        worker(bench.kafka.address, repo, place / "worker.log") as ours,
+        worker(bench.kafka.address, repo.folder, place / "worker.log") as ours,
     ):
         watched: dict[str, Any] = {"start": time.monotonic() + 1.0, "probes": probes}
         looking = {**watched, "timeout_s": length_s + STEADY_TIMEOUT_S}

@@ -166,9 +166,9 @@ def watch_offline(folder: str, view: str) -> Callable[..., Answer]:
     return run
 
 
-def time_text() -> str:
-    """Now, as the events have it."""
-    return str(np.datetime64(time.time_ns() // 1_000_000, "ms")).replace("T", " ")
+def time_text(at_ms: int | None = None) -> str:
+    """A time as the events have it, milliseconds since the epoch; now if there is none."""
+    return str(np.datetime64(time.time_ns() // 1_000_000 if at_ms is None else at_ms, "ms")).replace("T", " ")
 
 
 if __name__ == "__main__":

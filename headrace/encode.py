@@ -6,7 +6,7 @@ Source of the formats: Feast 0.67 `infra/key_encoding_utils.py`; for values see 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -22,7 +22,7 @@ from feast.types import Bytes, FeastType, Int32, Int64, String, UnixTimestamp
 
 from headrace.contract import ViewContract
 from headrace.errors import SchemaError
-from headrace.values import BINARY, fixed, joined, one_array, rows_of, serialize, to_list, varints
+from headrace.values import BINARY, fixed, joined, one_array, rows_of, serialize, to_list, varints, without_null
 
 ORDER_BYTES = 33
 """Event time 8, created time 8, kind 1, origin or schema and hash 16; big-endian: bytes compare as the order does."""
@@ -113,10 +113,12 @@ def encode_each(contract: ViewContract, table: pa.Table, tails: Tails | None = N
     tails = np.zeros((table.num_rows, 17), dtype=np.uint8) if tails is None else tails
     return EncodedRows(
         keys=to_list(encode_keys(contract, table)),
-        order=order_keys(event, created, has_created, _with_hashes(tails, values, schema_id(contract.feature_view))),
+        order=order_keys(
+            event, created, has_created, _with_hashes(tails, values, lambda: schema_id(contract.feature_view))
+        ),
         event_us=event.tolist(),
         created_us=known.tolist(),
-        values={name: column.fill_null(b"") for name, column in values.items()},
+        values={name: without_null(column, b"") for name, column in values.items()},
     )
 
 
@@ -161,7 +163,7 @@ def hash_tails(values: Mapping[str, pa.Array], schema: bytes) -> Tails:
         values: by feature, `large_binary`; empty bytes are null.
     """
     columns = {name: pc.if_else(pc.equal(pc.binary_length(c), 0), None, c) for name, c in values.items()}
-    return _with_hashes(np.zeros((len(next(iter(columns.values()))), 17), dtype=np.uint8), columns, schema)
+    return _with_hashes(np.zeros((len(next(iter(columns.values()))), 17), dtype=np.uint8), columns, lambda: schema)
 
 
 def schema_id(view: FeatureView) -> bytes:
@@ -182,8 +184,8 @@ def is_older(order: bytes, than: bytes) -> bool:
     return order < than
 
 
-def _with_hashes(tails: Tails, values: Mapping[str, pa.Array], schema: bytes) -> Tails:
-    """The tails, those of kind 0 with the schema's id and their hashes.
+def _with_hashes(tails: Tails, values: Mapping[str, pa.Array], schema: Callable[[], bytes]) -> Tails:
+    """The tails, those of kind 0 with the schema's id, asked for if there are any, and their hashes.
 
     Hashed is the concatenation of the serialized values by name, a zero byte for null: each is one field of a message,
     so it tells where it ends. The hash is the first 96 bits of two of 64, little-endian, of `pandas.util.hash_array`
@@ -199,7 +201,7 @@ def _with_hashes(tails: Tails, values: Mapping[str, pa.Array], schema: bytes) ->
     rows = joined(columns, null=b"\x00").to_numpy(zero_copy_only=False)
     halves = [pd.util.hash_array(rows, hash_key=key, categorize=False).astype("<u8") for key in _HASH_KEYS]
     out = tails.copy()
-    out[plain, 1:5] = np.frombuffer(schema, dtype=np.uint8)
+    out[plain, 1:5] = np.frombuffer(schema(), dtype=np.uint8)
     out[plain, 5:] = np.column_stack(halves).view(np.uint8)[:, :12]
     return out
 
@@ -245,7 +247,7 @@ def encode_values(contract: ViewContract, table: pa.Table, feature: str) -> pa.A
     Raises:
         SchemaError: a value cannot be served.
     """
-    return _serialized(contract, table, feature).fill_null(b"")
+    return without_null(_serialized(contract, table, feature), b"")
 
 
 def encode_timestamps(event_us: Sequence[int]) -> pa.Array:
@@ -307,7 +309,7 @@ def _times(contract: ViewContract, table: pa.Table, name: str | None) -> tuple[I
     if name == contract.timestamp_field:
         _refuse_nulls(contract, column, name)
     has: Masks = np.asarray(column.is_valid().to_numpy(zero_copy_only=False), dtype=bool)
-    return column.fill_null(0).to_numpy(zero_copy_only=False), has
+    return without_null(column, 0).to_numpy(zero_copy_only=False), has
 
 
 def _key_piece(contract: ViewContract, table: pa.Table, name: str) -> pa.Array:

@@ -502,8 +502,11 @@ class _Transactions:
         return [commands_of[chunk].filter(pa.array(rows)) for commands_of, rows in parts if commands_of is not None]
 
     def _send(self, packets: list[Any]) -> None:
-        """Unchecked: a check that failed would open the connection anew, and what is watched would be forgotten."""
-        self._connection.send_packed_command(packets, check_health=False)
+        """At once, as each piece would be a system call, and wake the server.
+
+        Unchecked: a check that failed would open the connection anew, and what is watched would be forgotten.
+        """
+        self._connection.send_packed_command([b"".join(packets)], check_health=False)
 
     def _replies(self, count: int) -> list[Any]:
         """The replies that come next; the first that is an error is raised."""

@@ -30,6 +30,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -166,8 +167,13 @@ def joined(parts: list[pa.Array], null: bytes | None = None) -> pa.Array:
 
 def to_list(serialized: pa.Array) -> list[bytes]:
     """As Python's bytes, empty for null."""
-    filled: list[bytes] = serialized.fill_null(b"").to_pylist()
+    filled: list[bytes] = without_null(serialized, b"").to_pylist()
     return filled
+
+
+def without_null(column: pa.Array, null: Any) -> pa.Array:
+    """The column with its nulls filled; itself, at no cost, where there are none."""
+    return column.fill_null(null) if column.null_count else column
 
 
 def _list(field: str, column: pa.Array, *, unique: bool, null: str = "", within: bool = False) -> pa.Array:
@@ -277,7 +283,7 @@ def _masked(serialized: pa.Array, like: pa.Array) -> pa.Array:
 
 def _numbers(column: pa.Array, null: float) -> npt.NDArray[Any]:
     """A numeric column with nulls filled."""
-    filled: npt.NDArray[Any] = column.fill_null(null).to_numpy(zero_copy_only=False)
+    filled: npt.NDArray[Any] = without_null(column, null).to_numpy(zero_copy_only=False)
     return filled
 
 
@@ -287,6 +293,7 @@ def _offsets(lengths: Int64s) -> Int64s:
     return out
 
 
+@cache
 def _tag(field: str, wire: int) -> bytes:
     """The tag of a field of `Value`."""
     encoded: bytes = varints(np.array([ValueProto.DESCRIPTOR.fields_by_name[field].number << 3 | wire]))[0].as_py()

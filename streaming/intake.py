@@ -311,8 +311,10 @@ class StreamIntake:
         self._tell_objectives()
 
     def _steps_of(self, view: View, pools: Pools, share: LetterShare) -> ViewSteps:
-        decoder = decoder_of(view.contract, schema_registry(self._settings))  # whose connection is of one thread
-        return ViewSteps(view, decoder, self._stores, pools, self._health, self._settings, share)
+        registry = schema_registry(self._settings)  # whose connection is of one thread
+        decoder = decoder_of(view.contract, registry)
+        may_wait = view.transform is not None or (registry is not None and view.contract.message_format == "avro")
+        return ViewSteps(view, decoder, self._stores, pools, self._health, self._settings, share, may_wait=may_wait)
 
     def _tell_objectives(self) -> None:
         self._health.gauges.objectives = {

@@ -340,7 +340,9 @@ class Lane:
         """
         if time.monotonic() - self._looked_s < SERVERS_AGE_S:
             return
-        present = await self._insist("online", self._in(self._steps.pools.online, self._stores.server_ids))
+        present = self._stores.heard_server_ids()
+        if present is None:
+            present = await self._insist("online", self._in(self._steps.pools.online, self._stores.server_ids))
         self._looked_s = time.monotonic()
         former, self._servers = self._servers, present
         if former in ((), present):
@@ -440,7 +442,7 @@ class Lane:
             return 0
 
     def _timed(self, step: str, work: Callable[[], Result], rows: int) -> Callable[[], Awaitable[Result]]:
-        thread = self._steps.pools.of_step(step)
+        thread = self._steps.thread_of(step)
         return self._in(thread, partial(measured, self._health, self._name, step, rows, work))
 
     @staticmethod
@@ -473,7 +475,7 @@ class Lane:
 
     async def _once(self, step: str, call: asyncio.Future[Result]) -> Result:
         """Wait for one try; tell of it when its thread hangs in a call, and do not wait beyond the bound then."""
-        thread = self._steps.pools.of_step(step)
+        thread = self._steps.thread_of(step)
         try:
             while True:
                 done, _ = await asyncio.wait({call}, timeout=SLOW_S)

@@ -36,7 +36,8 @@ class StreamSettings(SecuritySettings):
             of its schema, without it none is.
         schema_registry_username, schema_registry_password: how to log in there.
         schema_registry_ca_file: PEM, who may have signed its certificate; the system's own authorities without it.
-        session_seconds: the group's session timeout: how long a dead worker keeps its partitions.
+        session_seconds: the group's session timeout: how long a dead worker keeps its partitions, and where another
+            one joins meanwhile, all workers wait for it.
         append_seconds, append_rows, append_bytes: an append gathers slices until it is so old, or so large.
         slice_records: the most records decoded in one go.
         fetch_bytes: the most bytes fetched of a partition at a time.
@@ -62,7 +63,7 @@ class StreamSettings(SecuritySettings):
     schema_registry_username: str | None = None
     schema_registry_password: SecretStr | None = None
     schema_registry_ca_file: Path | None = None
-    session_seconds: float = Field(default=30.0, ge=1, le=60)
+    session_seconds: float = Field(default=10.0, ge=1, le=60)
     append_seconds: float = Field(default=5.0, gt=0)
     append_rows: int = Field(default=500_000, gt=0)
     append_bytes: int = Field(default=128 * MEBIBYTE, gt=0)

@@ -26,8 +26,12 @@ SERVERS_AGE_S = 5.0
 """How old the ids of the online servers may be. Old ones are safe: they differ if the store has forgotten since."""
 
 
+COMPUTING = 4
+"""The threads in which all views decode that need not wait for anything."""
+
+
 class Stores(Protocol):
-    """The blocking calls that a lane makes, each in a thread that the lane chooses."""
+    """The calls that a lane makes, each that may block in a thread that the lane chooses."""
 
     def write_letters(self, letters: Sequence[Letter]) -> None:
         """Return when the broker has them."""
@@ -35,8 +39,11 @@ class Stores(Protocol):
     def write_online(self, view: View, batches: Sequence[Batch]) -> int:
         """Newest wins; how many keys were written. The batches may be of several partitions."""
 
+    def heard_server_ids(self) -> tuple[str, ...] | None:
+        """The ids of the online servers, at most `SERVERS_AGE_S` old; None if they must be asked. Does not block."""
+
     def server_ids(self) -> tuple[str, ...]:
-        """The ids of the online servers, at most `SERVERS_AGE_S` old."""
+        """The same, asked if they must be."""
 
     def apply_recent(self, view: View, paths: Sequence[File]) -> int:
         """Write online what some segments hold, newest wins; how many keys were written."""
@@ -77,39 +84,40 @@ class Pools:
     Attributes:
         decode, offline: the view's own: a schema registry or a folder that hangs holds up no other view.
         letters, online: shared by all views, as are the producer and the store.
+        compute: for decoding that waits for nothing; shared by some views. A thread each would, of many views, keep
+            the event loop waiting for its turn, and the memory that a thread keeps.
     """
 
     decode: Thread
     letters: Thread
     online: Thread
     offline: Thread
-
-    def of_step(self, step: str) -> Thread:
-        """The thread of a step, by the step's name."""
-        return {"decode": self.decode, "dead_letters": self.letters, "online": self.online}.get(step, self.offline)
+    compute: Thread
 
     @classmethod
     def of(cls, views: Iterable[str]) -> dict[str, Pools]:
         """The threads of some views, none of them started yet."""
         letters, online = Thread("headrace-letters"), Thread("headrace-online")
+        compute = [Thread(f"headrace-compute-{number}") for number in range(COMPUTING)]
         return {
             view: cls(
                 decode=Thread(f"headrace-decode-{view}"),
                 letters=letters,
                 online=online,
                 offline=Thread(f"headrace-offline-{view}"),
+                compute=compute[number % COMPUTING],
             )
-            for view in views
+            for number, view in enumerate(views)
         }
 
     def close(self) -> None:
         """Begin no more work."""
-        for pool in (self.decode, self.letters, self.online, self.offline):
+        for pool in (self.decode, self.letters, self.online, self.offline, self.compute):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 class RealStores:
-    """Kafka's dead letters, the Feast stores, the broker. `topic_id` may be called from any thread."""
+    """Kafka's dead letters, the Feast stores, the broker. `topic_id` and `heard_server_ids` are of any thread."""
 
     def __init__(self, config: StreamConfig, broker: Broker) -> None:
         self._config = config
@@ -129,12 +137,19 @@ class RealStores:
         table = pa.concat_tables([batch.table for batch in batches])
         return write_online(self._store(), view.contract, table, tails=np.concatenate(tails))
 
+    def heard_server_ids(self) -> tuple[str, ...] | None:
+        """See `Stores`. Of all lanes: a worker with many of them would else have a call a lane, each in the queue."""
+        heard = self._servers
+        return None if heard is None or time.monotonic() - heard[0] > SERVERS_AGE_S else heard[1]
+
     def server_ids(self) -> tuple[str, ...]:
-        """See `Stores`. Asked once for all lanes."""
-        now_s = time.monotonic()
-        if self._servers is None or now_s - self._servers[0] > SERVERS_AGE_S:
-            self._servers = now_s, server_ids(self._store())
-        return self._servers[1]
+        """See `Stores`."""
+        present = self.heard_server_ids()
+        if present is None:
+            asked_s = time.monotonic()
+            present = server_ids(self._store())
+            self._servers = asked_s, present
+        return present
 
     def apply_recent(self, view: View, paths: Sequence[File]) -> int:
         """See `Stores`."""

@@ -15,7 +15,7 @@ from streaming.health import ONLINE, Health
 from streaming.judgement import Judged, judge
 from streaming.settings import StreamSettings, View
 from streaming.share import LetterShare
-from streaming.stores import Pools, Stores
+from streaming.stores import Pools, Stores, Thread
 
 Result = TypeVar("Result")
 
@@ -25,6 +25,7 @@ class ViewSteps:
 
     Args:
         share: of the view's events that are turned away, noted here.
+        may_wait: whether decoding asks a schema registry, or runs a transformation of the user's.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class ViewSteps:
         health: Health,
         settings: StreamSettings,
         share: LetterShare,
+        *,
+        may_wait: bool = True,
     ) -> None:
         self.view = view
         self.share = share
@@ -46,8 +49,18 @@ class ViewSteps:
         self._settings = settings
         self._name = view.contract.name
         most = settings.slice_records
-        self._decoding = Coalescer(pools.decode, self._decode, lambda one: len(one.records), most)
+        self._threads = {
+            "decode": pools.decode if may_wait else pools.compute,
+            "dead_letters": pools.letters,
+            "online": pools.online,
+            "offline": pools.offline,
+        }
+        self._decoding = Coalescer(self._threads["decode"], self._decode, lambda one: len(one.records), most)
         self._writing = Coalescer(pools.online, self._write_online, lambda one: one.table.num_rows, most)
+
+    def thread_of(self, step: str) -> Thread:
+        """The thread of a step, by the step's name."""
+        return self._threads[step]
 
     def decode(self, fetched: Fetched) -> Awaitable[Batch]:
         """Records to columns. Pure but for the clock, the counts, and what a schema registry says."""

@@ -78,6 +78,9 @@ class FakeStores:
             self.online[key] = max(offset, self.online.get(key, -1))
         return len(offsets)
 
+    def heard_server_ids(self) -> tuple[str, ...] | None:
+        return None
+
     def server_ids(self) -> tuple[str, ...]:
         self.fail("servers")
         return self.servers
@@ -116,7 +119,7 @@ class Bench:
         self.budget = Budget(1_000_000)
         self.ledger = StreamLedger(self.view.contract, *PARTITION)
         self.faults: list[BaseException] = []
-        self.pools = Pools(*(Thread(name) for name in ("decode", "letters", "online", "offline")))
+        self.pools = Pools(*(Thread(name) for name in ("decode", "letters", "online", "offline", "compute")))
         decoder = JsonDecoder(self.view.contract)
         self.steps = ViewSteps(self.view, decoder, self.stores, self.pools, self.health, self.settings, self.share)
 
