@@ -110,22 +110,23 @@ class Witness:
 
     Attributes:
         path: the file, with what was seen of it.
+        next: where the chain ended with it.
     """
 
     path: File
-    first: int
+    next: int
     identity: int | str
     mtime_ns: int
 
     @classmethod
-    def of(cls, path: File, first: int) -> Witness | None:
+    def of(cls, path: File, next_: int) -> Witness | None:
         """The file as it is now; None where it is gone."""
         stat = stat_now(path)
-        return None if stat is None else cls(told(path, stat), first, stat.identity, stat.mtime_ns)
+        return None if stat is None else cls(told(path, stat), next_, stat.identity, stat.mtime_ns)
 
     def stands(self) -> bool:
         """Whether the file was never removed since."""
-        return Witness.of(self.path, self.first) == self
+        return Witness.of(self.path, self.next) == self
 
 
 def append(
@@ -143,46 +144,48 @@ def append(
     Atomic and durable. Safe to repeat with the same `mark.append`.
 
     Args:
-        witness: a file of the chain's level 0, as it was seen before. While it stands, no name behind it was freed,
-            because covered files are removed in ascending order: the append needs no listing.
+        witness: a file of the chain's level 0, as it was seen before. Where it ends at `first` and stands, the append
+            goes on from it, and no name behind it was freed, because covered files are removed in ascending order: no
+            listing is needed.
 
     Raises:
-        LostRaceError: another writer was first, or the position is covered by a higher level. Nothing was appended;
-            but who sleeps between the creation of its file and the look at the higher levels, while compaction merges
-            that very file, is told so too. Read the end again: what lies below it is stored, once.
+        LostRaceError: another writer was first, the position is covered by a higher level, or what ended there was set
+            aside because it was damaged. Nothing was appended; but who sleeps between the creation of its file and the
+            look at the others, while compaction merges that very file, is told so too. Read the end again: what lies
+            below it is stored, once.
         ChainClosedError: the chain was closed at `first`.
         LedgerError: the files that decide it contradict each other or cannot be read.
         ConfigError: the view's folder is a file.
         TransientError: the object store does not answer, or refuses. The append may have been made: read the end again,
             or repeat it with the same `mark.append`.
     """
-    path = folder.path_of(SegmentName(chain, 0, first))
+    segment = SegmentName(chain, 0, first)
+    path = folder.path_of(segment)
     if create(path, table, mark, accepted):
-        is_sure = witness is not None and witness.first < first and witness.stands()
-        is_void = not is_sure and covered_end(folder, chain, 0) > first
-        reached("append.6.higher-levels-checked")
-        if not is_void:
+        is_sure = witness is not None and witness.next == first and witness.stands()
+        if is_sure or stays(folder, segment, "append"):
             return path
-        remove(path, step="append.7.void-removed")
     now = folder.tip(chain)
     if now.footer is not None and now.footer.mark == "closed" and now.end <= first:
         msg = f"chain `{chain}` was closed at {now.end}; its successor goes on"
         raise ChainClosedError(msg)
-    msg = f"chain `{chain}`: position {first} is taken, the chain ends at {now.end} now"
+    msg = f"chain `{chain}`: nothing can be appended at {first}, the chain ends at {now.end} now"
     raise LostRaceError(msg, now.end)
 
 
-def covered_end(folder: Folder, chain: str, level: int) -> int:
-    """The end of the levels above one: what begins before it counts no more.
+def stays(folder: Folder, created: SegmentName, operation: str) -> bool:
+    """Whether a file that was just created goes on what is there; one that does not is removed.
 
-    Whoever created a file asks this afterwards, because its name may have been free for having been covered and
-    removed: then the file is void, for every reader too.
+    Whoever created a file asks this afterwards. Its name may have been free for having been covered and removed: then
+    the file is void, for every reader too. Or what ended where it begins was damaged and is set aside: then it would
+    leave a hole, or overlap with what has come in that place. Who sets aside looks afterwards at what is there, so one
+    of the two sees the other, whatever the order.
     """
-
-    def read() -> int:
-        return folder.derive(chain, folder.above(chain, level)).end
-
-    return folder.settled(read)
+    is_void = folder.end_before(created) != created.first
+    reached(f"{operation}.6.others-checked")
+    if is_void:
+        remove(folder.path_of(created), step=f"{operation}.7.void-removed")
+    return not is_void
 
 
 class StreamLedger:
@@ -351,7 +354,7 @@ class StreamLedger:
         )
         path = append(self._folder, self._name(epoch), first, rows, note, accepted, witness=self._witnesses.get(epoch))
         self._known_ends[epoch] = next
-        witness = self._witnesses[epoch] = Witness.of(path, first)
+        witness = self._witnesses[epoch] = Witness.of(path, next)
         return path if witness is None else witness.path
 
     def close(self, topic_id: str, start: int) -> StreamEnd:

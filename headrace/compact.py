@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headrace.chains import covered_end
+from headrace.chains import stays
 from headrace.contract import ViewContract
 from headrace.errors import LedgerError
 from headrace.faults import reached
@@ -174,15 +174,6 @@ def lift_segment(folder: Folder, name: SegmentName) -> bool:
     if not lift(folder.path_of(name), folder.path_of(target)):
         return False
     return stays(folder, target, "lift")
-
-
-def stays(folder: Folder, created: SegmentName, operation: str) -> bool:
-    """Whether a file that was just created counts; one that does not is removed."""
-    is_void = covered_end(folder, created.chain, created.level) > created.first
-    reached(f"{operation}.6.higher-levels-checked")
-    if is_void:
-        remove(folder.path_of(created), step=f"{operation}.7.void-removed")
-    return not is_void
 
 
 @dataclass

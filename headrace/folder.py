@@ -257,6 +257,30 @@ class Folder:
         entries = self._entries(f"{chain}-", after=f"{chain}-{level + 1}-")
         return [segment for segment in _segments(chain, entries) if segment.level > level]
 
+    def end_before(self, segment: SegmentName) -> int:
+        """Where a chain ends by the levels above a segment's, and by the files of its own level that begin before it.
+
+        Reads the last file of each. One right before the segment that cannot be read is taken to end where that begins:
+        it is there.
+
+        Raises:
+            LedgerError: the last file of a level above cannot be read.
+        """
+
+        def read() -> int:
+            entries = self._entries(f"{segment.chain}-", after=f"{segment.chain}-{segment.level}-")
+            near = sorted(other for other in _segments(segment.chain, entries) if other.level >= segment.level)
+            end = self.tip_of({other.level: other for other in near if other.level > segment.level}.values()).end
+            own = [other for other in near if other.level == segment.level and end <= other.first < segment.first]
+            if not own:
+                return end
+            try:
+                return read_footer(self.path_of(own[-1])).next
+            except LedgerError:
+                return segment.first
+
+        return self.settled(read)
+
     def numbered(self, prefix: str, number: Callable[[str], int | None]) -> dict[int, str]:
         """The chains that begin with a prefix, by their number; those that have none are left out.
 

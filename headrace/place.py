@@ -96,11 +96,11 @@ class Place(Protocol):
     def remove(self, names: Iterable[str], step: str) -> None:
         """Remove files, in the order given, durably; those that are gone already are fine."""
 
-    def set_aside(self, name: str, below: str) -> File | None:
-        """Move a file to a folder below, durably, where no reader looks; under another name where its own is taken.
+    def set_aside(self, name: str, identity: int | str, below: str) -> None:
+        """Move a file to a folder below, durably, where no reader looks; with a number where its name is taken there.
 
-        Returns:
-            Where it is now; None where it was gone.
+        Args:
+            identity: of the file that is meant, as `stat_of` says it. Another one of its name stays.
         """
 
     def read_ahead(self, work: Callable[[File], object], files: Iterable[File]) -> None:
@@ -256,22 +256,22 @@ class LocalPlace:
         if is_changed:
             sync_folder(self._folder)
 
-    def set_aside(self, name: str, below: str) -> Path | None:
+    def set_aside(self, name: str, identity: int | str, below: str) -> None:
         """See `Place`."""
-        target = self._folder / below / name
-        target.parent.mkdir(exist_ok=True)
-        number = 0
+        aside = self._folder / below
+        aside.mkdir(exist_ok=True)
+        target, number = aside / name, 0
         while target.exists():
             number += 1
-            target = target.with_name(f"{name}.{number}")
-        try:
+            target = aside / f"{name}.{number}"
+        found = stat_now(self._folder / name)
+        if found is None or found.identity != identity:
+            return
+        with contextlib.suppress(FileNotFoundError):  # another run was faster
             os.rename(self._folder / name, target)
-        except FileNotFoundError:
-            return None
         reached("set-aside.1.renamed")
-        sync_folder(target.parent)
+        sync_folder(aside)
         sync_folder(self._folder)
-        return target
 
     def read_ahead(self, work: Callable[[File], object], files: Iterable[File]) -> None:
         """See `Place`. Nothing: a disk answers at once."""
@@ -384,21 +384,25 @@ class ObjectPlace:
             objects.remove(self._prefix / name)
             reached(step)
 
-    def set_aside(self, name: str, below: str) -> ObjectPath | None:
+    def set_aside(self, name: str, identity: int | str, below: str) -> None:
         """See `Place`. Put there, then removed here: a crash in between leaves it in both, a repeat a second copy."""
         path = self._prefix / name
+        found = stat_now(path)
+        if found is None or found.identity != identity:
+            return
         try:
-            data = _content(path)
-        except FileNotFoundError:
-            return None
+            data = _content(replace(path, told=found))
+        except FileNotFoundError:  # another run was faster
+            return
         number = 0
         target = self._prefix / below / name
         while not objects.create(target, data):
             number += 1
             target = self._prefix / below / f"{name}.{number}"
         reached("set-aside.1.copied")
-        objects.remove(path)
-        return target
+        if stat_now(path) == found:
+            objects.remove(path)
+        reached("set-aside.2.removed")
 
     def read_ahead(self, work: Callable[[File], object], files: Iterable[File]) -> None:
         """See `Place`."""

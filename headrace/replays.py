@@ -17,6 +17,7 @@ import pyarrow as pa
 from headrace.chains import Standing, StreamLedger, append
 from headrace.contract import ViewContract
 from headrace.encode import Origin, Tails, stream_tails
+from headrace.errors import LedgerError, LostRaceError
 from headrace.folder import Folder
 from headrace.place import File
 from headrace.segments import (
@@ -132,6 +133,7 @@ class ReplayLedger:
 
         Raises:
             LostRaceError: another replay was first. Nothing was appended; catch up, and ask for the standings again.
+            LedgerError: the chain lost its end since it was read.
         """
         low, high = time_bounds(table, self._contract.timestamp_field)
         note = Footer(
@@ -148,7 +150,13 @@ class ReplayLedger:
                 ]
             },
         )
-        path = append(self._folder, self._chain, self.end, table, note)
+        try:
+            path = append(self._folder, self._chain, self.end, table, note)
+        except LostRaceError as lost:
+            if lost.end < self.end:  # to catch up would never end
+                msg = f"chain `{self._chain}` ended at {self.end}, and ends at {lost.end} now; put its files back"
+                raise LedgerError(msg) from lost
+            raise
         self._note(note)
         self.end = note.next
         return path

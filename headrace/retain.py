@@ -13,7 +13,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from headrace.compact import lift_segment, stays
+from headrace.chains import stays
+from headrace.compact import lift_segment
 from headrace.contract import ViewContract
 from headrace.days import content_hash, remove_superseded
 from headrace.errors import ConfigError, TransientError

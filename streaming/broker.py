@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from headrace.errors import TransientError
@@ -42,7 +42,10 @@ class BrokerError(TransientError):
 
 @dataclass(frozen=True)
 class Log:
-    """The offsets that a partition's log has now: `[earliest, latest)`."""
+    """The offsets that a partition's log lets everybody read now: `[earliest, latest)`.
+
+    Records of a transaction that is open, and what came after its first one, lie behind `latest`.
+    """
 
     earliest: int
     latest: int
@@ -162,7 +165,7 @@ class Broker:
         return topic_id
 
     def log(self, topic: str, partition: int) -> Log:
-        """The ends of a partition's log. The latest counts open transactions too."""
+        """The ends of a partition's log."""
         return self._ask(lambda: self._ends(topic, partition))
 
     def logs(self, partitions: Mapping[str, int]) -> Mapping[tuple[str, int], Log]:
@@ -179,7 +182,11 @@ class Broker:
         return {place: Log(earliest[place], latest[place]) for place in latest if place in earliest}
 
     def _offsets(self, places: Sequence[TopicPartition], which: OffsetSpec) -> dict[tuple[str, int], int]:
-        asked = self._admin.list_offsets(dict.fromkeys(places, which), request_timeout=self._timeout_s)
+        asked = self._admin.list_offsets(
+            dict.fromkeys(places, which),
+            isolation_level=IsolationLevel.READ_COMMITTED,
+            request_timeout=self._timeout_s,
+        )
         found: dict[tuple[str, int], int] = {}
         fault: KafkaException | None = None
         for place, answer in asked.items():
@@ -248,6 +255,7 @@ class Broker:
                     "group.id": self._config.group,
                     "enable.auto.commit": False,
                     "allow.auto.create.topics": False,
+                    "isolation.level": "read_committed",
                 }
                 self._watcher = Consumer(client_config(self._config) | group)
             return self._watcher

@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 import headrace
 from headrace import compact as compaction
 from headrace import faults
-from headrace.chains import Folder, StreamLedger, append, push, replace_day
+from headrace.chains import Folder, StreamLedger, append, push, replace_day, stays
 from headrace.compact import compact
 from headrace.contract import ViewContract
-from headrace.damage import set_aside
 from headrace.errors import LedgerError, LostRaceError
 from headrace.segments import (
     DayName,
@@ -35,6 +34,7 @@ from headrace.segments import (
     parse_name,
     read_accepted,
     read_footer,
+    remove,
 )
 from tests.headrace.views import config, examples, rows, view
 
@@ -332,7 +332,7 @@ def test_a_frozen_compactor_harms_nothing(contract: ViewContract) -> None:
     late = SegmentName(CHAIN, 1, 0)
     assert create(folder.path_of(late), pa.concat_tables(held[:3]), Footer(next=15, append=new_append_id()))
     assert content(contract) == before
-    assert not compaction.stays(folder, late, "compact")
+    assert not stays(folder, late, "compact")
     assert not folder.path_of(late).exists()
     assert {parse_name(entry) for entry in os.listdir(contract.directory)} >= set(folder.chain(CHAIN).valid)
 
@@ -392,7 +392,7 @@ def test_what_came_after_the_look_is_not_covered(contract: ViewContract) -> None
     """Where the newest segment was set aside a merged file ends the chain, and is followed by what comes next."""
     ledger = fill(contract, 12)
     compact(contract)
-    set_aside(contract, [SegmentName(CHAIN, 0, 55)])
+    remove(Folder.of(contract).path_of(SegmentName(CHAIN, 0, 55)))
     folder = Folder.of(contract)
     seen = folder.chain(CHAIN)
     commit(contract, StreamLedger(contract, "events", 0), 55, 5)

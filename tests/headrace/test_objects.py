@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +22,13 @@ from headrace import faults, objects
 from headrace.chains import Folder, StreamLedger, accepted_offsets, push, replace_day
 from headrace.compact import compact
 from headrace.contract import TIMESTAMP, ViewContract
-from headrace.damage import examine, set_aside
+from headrace.damage import SET_ASIDE, Examination, set_aside
 from headrace.errors import ConfigError, LedgerError, LostRaceError, TransientError
 from headrace.objects import Bucket, ObjectPath, ObjectReader
 from headrace.place import clear, place_of, readable, stat_now
 from headrace.retain import retain
 from headrace.scan import Window, rows_within
-from headrace.segments import ROWS_A_GROUP, Footer, SegmentName, create, new_append_id, read_footer
+from headrace.segments import ROWS_A_GROUP, Footer, SegmentName, create, new_append_id, read_footer, remove
 from tests.headrace.test_chains import (  # noqa: F401 - collected here too, on the contract below
     DAY,
     offsets,
@@ -212,7 +213,7 @@ def test_an_epoch_is_found_whichever_others_are_gone(contract: ViewContract) -> 
     for topic, partition, epochs in (("t", 0, 3), ("t-0", 2, 1), ("t-0-2", 0, 1)):
         for number in range(epochs):
             StreamLedger(contract, topic, partition).close(f"id {number}", 5)
-    set_aside(contract, Folder.of(contract).segments("stream-t-0-0"))
+    remove(*map(Folder.of(contract).path_of, Folder.of(contract).segments("stream-t-0-0")))
     ledger = StreamLedger(contract, "t", 0)
     assert (ledger.end().epoch, ledger.end().end) == (2, 5)
     assert ledger.epochs() == {"id 1": 1, "id 2": 2}
@@ -237,9 +238,10 @@ def test_what_is_copied_is_one_object(contract: ViewContract, monkeypatch: pytes
     with pytest.raises(FileNotFoundError):
         place.lift(name, str(SegmentName(CHAIN, 1, 0)), lambda: None)
     objects.write(path, whole)
-    assert place.set_aside(name, "_damaged") is None
+    place.set_aside(name, head(path).identity, SET_ASIDE)
     monkeypatch.undo()
     assert stat_now(path) is not None
+    assert not list(objects.listing(contract.directory / SET_ASIDE))
 
 
 def test_files_of_others_are_history_too(contract: ViewContract) -> None:
@@ -366,10 +368,12 @@ def test_a_damaged_object_is_found_and_set_aside(contract: ViewContract) -> None
     objects.write(path, whole[:-40] + b"x" * 40)
     with pytest.raises(LedgerError, match=f"{path}: expected a segment"):
         headrace.files(contract)
-    found = examine(contract, CHAIN)
+    examine = Examination(contract, CHAIN)
+    found = examine()
     assert ([str(name) for name in found.damaged], found.end) == ([path.name], 15)
-    assert [str(moved) for moved in set_aside(contract, found.damaged)] == [f"{path.parent}/_damaged/{path.name}"]
-    assert [(hole.first, hole.next) for hole in examine(contract, CHAIN).holes] == [(5, 10)]
+    set_aside(contract, found.damaged)
+    assert list(objects.listing(path.parent / SET_ASIDE)) == [(path.name, ANY)]
+    assert [(hole.first, hole.next) for hole in examine().holes] == [(5, 10)]
     note = Footer(next=10, min_us=EPOCH_US + 5, max_us=EPOCH_US + 5, append=new_append_id())
     assert create(path, some(contract, 5), note, offsets(5))
     assert ids(contract) == [0, 1, 2, 3, 5, 10, 11, 12, 13]

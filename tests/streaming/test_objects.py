@@ -12,14 +12,18 @@ import pandas as pd
 import pytest
 from feast import FileSource
 
+from headrace import objects
 from headrace.compact import compact
+from headrace.folder import Folder
 from headrace.materialize import materialize_arrived
+from headrace.objects import ObjectPath
 from headrace.place import clear
 from headrace.repository import open_store
+from streaming.restore import restore
 from tests.servers import Fault, FaultyNetwork, ObjectStore
 from tests.streaming.conftest import Stream, StreamFactory
 from tests.streaming.oracle import contract_of, verify
-from tests.streaming.process import Worker, emit, run
+from tests.streaming.process import Worker, config_of, emit, run
 
 KILLS = int(os.environ.get("HEADRACE_TEST_KILLS", "1"))
 EVENTS = int(os.environ.get("HEADRACE_TEST_EVENTS", "6000"))
@@ -88,7 +92,24 @@ def _goes_on_after_a_merge(stream: Stream, accepted: int) -> None:
     entities = pd.DataFrame({"driver_id": [1001, 1002], "event_timestamp": [pd.Timestamp.now(tz="UTC")] * 2})
     job = store.get_historical_features(entities, ["driver_stats:conv_rate", "driver_stats:avg_daily_trips"])
     assert job.to_df()["conv_rate"].notna().all()
+    _goes_on_after_damage(stream)
     clear(contract.directory)
+
+
+def _goes_on_after_damage(stream: Stream) -> None:
+    """A bit of the first file of each ledger, and its end, of which nothing can be read."""
+    folder = Folder.of(contract_of(stream.repo))
+    for chain in folder.chains().values():
+        first, last = (folder.path_of(chain.valid[index]) for index in (0, -1))
+        assert isinstance(first, ObjectPath)
+        assert isinstance(last, ObjectPath)
+        content = bytearray(objects.read(first, 0, objects.head(first).size))
+        content[10] ^= 1
+        objects.write(first, bytes(content))
+        objects.write(last, b"garbage")
+    told = restore(config_of(stream.environment), stream.topic)
+    assert told["ok"], told
+    verify(stream.broker, stream.topic, stream.repo)
 
 
 def test_a_worker_whose_bucket_is_not_there_says_so_at_once(
