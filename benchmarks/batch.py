@@ -9,13 +9,11 @@ made is compared: wrong data end the run. `--scale` makes everything smaller, to
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -29,6 +27,7 @@ from typing import Any
 import redis
 
 from batch.ledger import Ledger
+from benchmarks.command import Asked, command
 from benchmarks.measure import (
     GIB,
     MILLION,
@@ -36,14 +35,12 @@ from benchmarks.measure import (
     Answer,
     MeasureError,
     Worker,
-    measured,
     median_of,
     redis_program,
     seconds,
     short,
     table,
     words_of,
-    write_between,
 )
 from headrace.segments import DayName, parse_name
 from tests.servers import Postgres, Valkey, environment, feast_apply
@@ -437,41 +434,21 @@ ROWS: dict[str, Callable[[Bench], list[Row]]] = {
 }
 
 
-def report(rows: list[Row], arguments: argparse.Namespace, took_s: float, server: str) -> str:
-    """The table, the machine and the versions, as Markdown."""
-    shown = table(HEADS, [row.cells() for row in rows])
-    return f"{shown}\n\n{measured(arguments.scale, took_s, server, PACKAGES)}"
+def measure(asked: Asked) -> dict[str, str]:
+    """The table of the rows asked for."""
+    rows: list[Row] = []
+    with Postgres() as postgres, Valkey(program=redis_program()) as valkey:
+        with postgres.connect() as connection:
+            server = f"PostgreSQL {connection.execute('SHOW server_version').fetchone()[0]}"  # type: ignore[index]
+        bench = Bench(asked.folder, postgres, valkey, asked.runs, asked.scale)
+        for name in asked.only:
+            rows += ROWS[name](bench)
+    return {"batch": f"{table(HEADS, [row.cells() for row in rows])}\n\n{asked.measured(server, PACKAGES)}"}
 
 
 def main() -> int:
-    """Measure the rows asked for and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.batch", description="Speed of the batch chain.")
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="which measurements; all of them")
-    parser.add_argument("--runs", type=int, default=3, help="of each measurement but the backfills; 3")
-    parser.add_argument("--scale", type=float, default=1.0, help="of rows and days; 1")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of a file")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers and data go too
-    folder = Path(tempfile.mkdtemp(prefix="headrace-batch-"))
-    begun = time.monotonic()
-    rows: list[Row] = []
-    try:
-        with Postgres() as postgres, Valkey(program=redis_program()) as valkey:
-            with postgres.connect() as connection:
-                server = f"PostgreSQL {connection.execute('SHOW server_version').fetchone()[0]}"  # type: ignore[index]
-            bench = Bench(folder, postgres, valkey, arguments.runs, arguments.scale)
-            for name in arguments.only:
-                rows += ROWS[name](bench)
-        text = report(rows, arguments, time.monotonic() - begun, server)
-        print(f"\n{text}")
-        if arguments.write is not None:
-            write_between(arguments.write, "batch", text)
-    except MeasureError as error:
-        print(f"benchmarks.batch: {error}", file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return 0
+    """See `benchmarks.command`."""
+    return command("batch", "Speed of the batch chain.", measure, rows=list(ROWS), runs=3)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,13 @@ event must be stored, once. What an event costs with 1, 2, 4 and 8 workers is in
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import re
-import shutil
 import signal
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +23,9 @@ from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
-import redis
 
 from benchmarks import many_views
+from benchmarks.command import Asked, command
 from benchmarks.drain import (
     DRAIN_TIMEOUT_S,
     LEDGER_PAUSE_S,
@@ -45,16 +41,12 @@ from benchmarks.fleet_operations import PULSE
 from benchmarks.measure import (
     Answer,
     MeasureError,
-    machine,
-    measured,
     redis_program,
-    redis_version,
     seconds,
     table,
-    write_between,
 )
 from benchmarks.pulses import Floats, Waits, pulsing
-from benchmarks.stream import PACKAGES, Bench, kafka_version
+from benchmarks.stream import PACKAGES, Bench, versions
 from benchmarks.stream_operations import PROBE
 from tests.servers import Kafka, Valkey
 
@@ -286,41 +278,21 @@ def steady(bench: Bench, name: str, *, rate: int, hot: float, during: Callable[[
 PARTS: dict[str, Callable[[Bench], list[tuple[str, ...]]]] = {"changes": changes, "hot": hot, "views": many_views.views}
 
 
-def report(rows: Mapping[str, list[tuple[str, ...]]], scale: float, took_s: float, servers: str) -> str:
-    """The tables, the machine and the versions, as Markdown."""
+def measure(asked: Asked) -> dict[str, str]:
+    """The tables of the parts asked for."""
+    with Kafka(heap="1g") as kafka, Valkey(program=redis_program()) as valkey:
+        servers = versions(valkey)
+        bench = Bench(asked.folder, kafka, valkey, asked.runs, asked.scale)
+        rows = {name: PARTS[name](bench) for name in asked.only}
     fleet = [line for name in ("changes", "hot") for line in rows.get(name, [])]
     tables = [table(HEADS, fleet)] if fleet else []
     tables += [table(many_views.HEADS, rows["views"])] if "views" in rows else []
-    return "\n\n".join([*tables, measured(scale, took_s, servers, PACKAGES)])
+    return {"fleet": "\n\n".join([*tables, asked.measured(servers, PACKAGES)])}
 
 
 def main() -> int:
-    """Measure the parts asked for and print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fleet", description="Many workers, many views.")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="which parts; all of them")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the times without a change; 1")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables between the markers of a file")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers and data go too
-    folder = Path(tempfile.mkdtemp(prefix="headrace-fleet-"))
-    begun = time.monotonic()
-    try:
-        with Kafka(heap="1g") as kafka, Valkey(program=redis_program()) as valkey:
-            with redis.Redis.from_url(f"redis://{valkey.address}") as client:
-                servers = f"Apache Kafka {kafka_version()}, {redis_version(client.info())}"
-            print(f"{machine()}; {servers}", flush=True)
-            bench = Bench(folder, kafka, valkey, 1, arguments.scale)
-            rows = {name: PARTS[name](bench) for name in PARTS if name in arguments.only}
-        text = report(rows, arguments.scale, time.monotonic() - begun, servers)
-        print(f"\n{text}")
-        if arguments.write is not None:
-            write_between(arguments.write, "fleet", text)
-    except MeasureError as error:
-        print(f"benchmarks.fleet: {error}", file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return 0
+    """See `benchmarks.command`."""
+    return command("fleet", "Many workers, many views.", measure, rows=list(PARTS))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,7 @@ The server is `versitygw` on the loopback, so what a network adds is not in it: 
 
 from __future__ import annotations
 
-import argparse
 import os
-import shutil
-import signal
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +20,11 @@ import numpy as np
 import pyarrow as pa
 import redis
 
+from benchmarks.command import Asked, command
 from benchmarks.drain import Repository, drain
 from benchmarks.events import DRIVERS, PARTITIONS, Load, produce, truth
 from benchmarks.measure import (
     MILLION,
-    MeasureError,
-    measured,
     milliseconds,
     redis_program,
     redis_version,
@@ -38,7 +32,6 @@ from benchmarks.measure import (
     short,
     table,
     words_of,
-    write_between,
 )
 from headrace.chains import Folder, StreamLedger
 from headrace.contract import ViewContract
@@ -170,38 +163,23 @@ def _append_s(contract: ViewContract, first: int) -> Iterator[float]:
         yield time.perf_counter() - begun
 
 
-def main() -> int:
-    """Measure the rows asked for and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.objects", description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="which measurements; all of them")
-    parser.add_argument("--runs", type=int, default=3, help="of each drain; 3")
-    parser.add_argument("--scale", type=float, default=1.0, help="of files and events; 1")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of a file")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers and data go too
-    folder = Path(tempfile.mkdtemp(prefix="headrace-objects-"))
-    begun = time.monotonic()
+def measure(asked: Asked) -> dict[str, str]:
+    """The table of the rows asked for."""
     rows: list[list[str]] = []
-    try:
-        with ObjectStore() as store, Valkey(("--databases", "1000"), program=redis_program()) as valkey:
-            os.environ.update(store.credentials())
-            store.bucket(BUCKET)
-            with redis.Redis.from_url(f"redis://{valkey.address}") as client:
-                servers = f"versitygw {VERSION}, {redis_version(client.info())}"
-            bench = Bench(folder, store, valkey, arguments.runs, arguments.scale)
-            for name in arguments.only:
-                rows += ROWS[name](bench)
-        took_s = time.monotonic() - begun
-        text = f"{table(HEADS, rows)}\n\n{measured(arguments.scale, took_s, servers, PACKAGES)}"
-        print(f"\n{text}")
-        if arguments.write is not None:
-            write_between(arguments.write, "objects", text)
-    except MeasureError as error:
-        print(f"benchmarks.objects: {error}", file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return 0
+    with ObjectStore() as store, Valkey(("--databases", "1000"), program=redis_program()) as valkey:
+        os.environ.update(store.credentials())
+        store.bucket(BUCKET)
+        with redis.Redis.from_url(f"redis://{valkey.address}") as client:
+            servers = f"versitygw {VERSION}, {redis_version(client.info())}"
+        bench = Bench(asked.folder, store, valkey, asked.runs, asked.scale)
+        for name in asked.only:
+            rows += ROWS[name](bench)
+    return {"objects": f"{table(HEADS, rows)}\n\n{asked.measured(servers, PACKAGES)}"}
+
+
+def main() -> int:
+    """See `benchmarks.command`."""
+    return command("objects", "The history in an object store beside a local folder.", measure, rows=list(ROWS), runs=3)
 
 
 if __name__ == "__main__":

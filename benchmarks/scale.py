@@ -9,22 +9,18 @@ it. `benchmarks.plan` says what larger loads need.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import shutil
-import signal
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import redis
 
 from benchmarks import plan
+from benchmarks.command import Asked, command
 from benchmarks.drain import (
     CPU,
     DRAIN_TIMEOUT_S,
@@ -39,16 +35,12 @@ from benchmarks.drain import (
 from benchmarks.events import DRIVERS, MIDDLE, SHAPES, WIDE, truth
 from benchmarks.measure import (
     MILLION,
-    MeasureError,
-    measured,
     redis_program,
-    redis_version,
     short,
     table,
-    write_between,
 )
 from benchmarks.plan import Need
-from benchmarks.stream import SAMPLES, Bench, kafka_version
+from benchmarks.stream import SAMPLES, Bench, versions
 from headrace.chains import files
 from tests.servers import Kafka, Valkey
 
@@ -159,6 +151,13 @@ class Model:
     def cpu_us(self, cost: Cost) -> float:
         """What an event of such a load takes."""
         return float(np.dot(self._terms(cost), astuple(self)))
+
+    def __str__(self) -> str:
+        return (
+            f"CPU of the workers, µs an event = {self.event:.2f} + {self.byte:.4f} x bytes of JSON "
+            f"+ {self.online_key:.2f} x keys online + {self.step:.0f} x steps "
+            f"+ {self.worker_second / 1e6:.3f} x µs of workers' time"
+        )
 
     @staticmethod
     def _terms(cost: Cost) -> tuple[float, ...]:
@@ -275,46 +274,23 @@ def needs_of(model: Model, costs: dict[str, Cost]) -> list[Need]:
     return needs
 
 
-def report(model: Model, costs: dict[str, Cost], scale: float, took_s: float, servers: str) -> str:
-    """The table, the model, the machine and the versions, as Markdown."""
-    formula = (
-        f"CPU of the workers, µs an event = {model.event:.2f} + {model.byte:.4f} x bytes of JSON "
-        f"+ {model.online_key:.2f} x keys online + {model.step:.0f} x steps "
-        f"+ {model.worker_second:.3f} x µs of workers' time"
-    )
-    return f"{table(HEADS, rows_of(model, costs))}\n\n{formula}\n\n{measured(scale, took_s, servers, PACKAGES)}"
+def measure(asked: Asked) -> dict[str, str]:
+    """What the points cost, and the plan."""
+    with Kafka(heap="1g") as kafka, Valkey(program=redis_program()) as valkey:
+        servers = versions(valkey)
+        bench = Bench(asked.folder, kafka, valkey, asked.runs, asked.scale)
+        costs = {name: cost_of(bench, name, point) for name, point in POINTS.items()}
+    model = Model.of(costs)
+    shown = table(HEADS, rows_of(model, costs))
+    return {
+        "scale": f"{shown}\n\n{model}\n\n{asked.measured(servers, PACKAGES)}",
+        "plan": plan.report(needs_of(model, costs)),
+    }
 
 
 def main() -> int:
-    """Measure the points, and print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description="What an event costs.")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the loads; 1")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of a file")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers and data go too
-    folder = Path(tempfile.mkdtemp(prefix="headrace-scale-"))
-    begun = time.monotonic()
-    try:
-        with Kafka(heap="1g") as kafka, Valkey(program=redis_program()) as valkey:
-            with redis.Redis.from_url(f"redis://{valkey.address}") as client:
-                servers = f"Apache Kafka {kafka_version()}, {redis_version(client.info())}"
-            bench = Bench(folder, kafka, valkey, 1, arguments.scale)
-            costs = {name: cost_of(bench, name, POINTS[name]) for name in POINTS}
-        model = Model.of(costs)
-        texts = {
-            "scale": report(model, costs, arguments.scale, time.monotonic() - begun, servers),
-            "plan": plan.report(needs_of(model, costs)),
-        }
-        for name, text in texts.items():
-            print(f"\n{text}")
-            if arguments.write is not None:
-                write_between(arguments.write, name, text)
-    except MeasureError as error:
-        print(f"benchmarks.scale: {error}", file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return 0
+    """See `benchmarks.command`."""
+    return command("scale", "What an event costs.", measure)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,8 @@ ours and stock take turns. Figures are medians. What is stored and retrieved is 
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
-import signal
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,13 +22,13 @@ from typing import Any
 
 import redis
 
+from benchmarks.command import Asked, command
 from benchmarks.measure import (
     GIB,
     MILLION,
     Answer,
     MeasureError,
     Worker,
-    measured,
     median_of,
     milliseconds,
     redis_program,
@@ -41,7 +37,6 @@ from benchmarks.measure import (
     short,
     table,
     words_of,
-    write_between,
 )
 from tests.servers import Valkey
 
@@ -556,41 +551,21 @@ ROWS: dict[str, Callable[[Bench, str], list[Row]]] = {
 }
 
 
-def report(rows: list[Row], arguments: argparse.Namespace, took_s: float, server: str) -> str:
-    """The table, the machine and the versions, as Markdown."""
-    shown = table(HEADS, [row.cells() for row in rows])
-    return f"{shown}\n\n{measured(arguments.scale, took_s, server, PACKAGES)}"
+def measure(asked: Asked) -> dict[str, str]:
+    """The table of the rows asked for."""
+    rows: list[Row] = []
+    with Valkey(program=redis_program()) as valkey:
+        with redis.Redis.from_url(f"redis://{valkey.address}") as client:
+            online = redis_version(client.info())
+        bench = Bench(asked.folder, valkey, asked.runs, asked.scale)
+        for name in asked.only:
+            rows += ROWS[name](bench, name)
+    return {"stores": f"{table(HEADS, [row.cells() for row in rows])}\n\n{asked.measured(online, PACKAGES)}"}
 
 
 def main() -> int:
-    """Measure the rows asked for and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stores", description="Speed and memory of the stores.")
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="which measurements; all of them")
-    parser.add_argument("--runs", type=int, default=3, help="of each measurement; 3")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the data sets; 1")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of a file")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that server and data go too
-    folder = Path(tempfile.mkdtemp(prefix="headrace-stores-"))
-    begun = time.monotonic()
-    rows: list[Row] = []
-    try:
-        with Valkey(program=redis_program()) as valkey:
-            with redis.Redis.from_url(f"redis://{valkey.address}") as client:
-                online = redis_version(client.info())
-            bench = Bench(folder, valkey, arguments.runs, arguments.scale)
-            for name in arguments.only:
-                rows += ROWS[name](bench, name)
-        text = report(rows, arguments, time.monotonic() - begun, online)
-        print(f"\n{text}")
-        if arguments.write is not None:
-            write_between(arguments.write, "stores", text)
-    except MeasureError as error:
-        print(f"benchmarks.stores: {error}", file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return 0
+    """See `benchmarks.command`."""
+    return command("stores", "Speed and memory of the stores.", measure, rows=list(ROWS), runs=3)
 
 
 if __name__ == "__main__":

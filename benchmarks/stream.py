@@ -10,11 +10,7 @@ for 1.
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import signal
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +26,7 @@ import pyarrow.parquet as pq
 import redis
 
 from benchmarks import stream_peers as peers
+from benchmarks.command import Asked, command
 from benchmarks.drain import Drained, Repository, drain, worker
 from benchmarks.events import DRIVERS, PARTITIONS, SHAPES, WIDE, Load, Truth, truth
 from benchmarks.measure import (
@@ -39,7 +36,6 @@ from benchmarks.measure import (
     MeasureError,
     Worker,
     machine,
-    measured,
     milliseconds,
     redis_program,
     redis_version,
@@ -47,7 +43,6 @@ from benchmarks.measure import (
     short,
     table,
     words_of,
-    write_between,
 )
 from headrace.chains import files
 from tests.servers import Kafka, Valkey
@@ -401,17 +396,6 @@ OTHERS: dict[str, Callable[[Bench, str], list[Row]]] = {
 NAMES = [*BACKLOGS, *OTHERS]
 
 
-def report(rows: list[Row], arguments: argparse.Namespace, took_s: float, servers: str) -> str:
-    """The table, the machine and the versions, as Markdown."""
-    beside = ""
-    if any(name in arguments.only for name in ("quix", "bare")):
-        beside = f" Quix Streams and aiokafka alone have an environment of their own: {peers_versions()}."
-    return (
-        f"{table(HEADS, [row.cells() for row in rows])}\n\n"
-        f"{measured(arguments.scale, took_s, servers, PACKAGES)}{beside}"
-    )
-
-
 def peers_versions() -> str:
     """What the peers' environment has."""
     return peers.peers_versions(PEER_PACKAGES)
@@ -423,46 +407,46 @@ def kafka_version() -> str:
     return jar.stem.removeprefix("kafka-clients-")
 
 
-def main() -> int:
-    """Measure the rows asked for and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description="Speed of the stream.")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="which rows; all of them")
-    parser.add_argument("--runs", type=int, default=3, help="of each backlog that has a bound; 3")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the loads; 1")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of a file")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers and data go too
-    folder = Path(tempfile.mkdtemp(prefix="headrace-stream-"))
-    begun = time.monotonic()
+def measure(asked: Asked) -> dict[str, str]:
+    """The table of the rows asked for."""
     rows: list[Row] = []
-    try:
-        if any(name in arguments.only for name in ("quix", "bare")):
-            peers.peers_python()
-        with ExitStack() as stack:
-            kafka = stack.enter_context(Kafka(heap="1g"))
-            valkey = stack.enter_context(Valkey(program=redis_program()))
-            cluster = ValkeyCluster(program=redis_program()) if "cluster" in arguments.only else None
-            if cluster is not None:
-                stack.enter_context(cluster)
-            with redis.Redis.from_url(f"redis://{valkey.address}") as client:
-                servers = f"Apache Kafka {kafka_version()}, {redis_version(client.info())}"
-            print(f"{machine()}; {servers}", flush=True)
-            bench = Bench(folder, kafka, valkey, arguments.runs, arguments.scale, cluster)
-            if any(name in arguments.only for name in BACKLOGS):
-                rows += backlogs(bench, arguments.only)
-            for name, measure in OTHERS.items():
-                if name in arguments.only:
-                    rows += measure(bench, name)
-        text = report(rows, arguments, time.monotonic() - begun, servers)
-        print(f"\n{text}")
-        if arguments.write is not None:
-            write_between(arguments.write, "stream", text)
-    except MeasureError as error:
-        print(f"benchmarks.stream: {error}", file=sys.stderr)
-        return 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return 0
+    if has_peers(asked):
+        peers.peers_python()
+    with ExitStack() as stack:
+        kafka = stack.enter_context(Kafka(heap="1g"))
+        valkey = stack.enter_context(Valkey(program=redis_program()))
+        cluster = ValkeyCluster(program=redis_program()) if "cluster" in asked.only else None
+        if cluster is not None:
+            stack.enter_context(cluster)
+        servers = versions(valkey)
+        bench = Bench(asked.folder, kafka, valkey, asked.runs, asked.scale, cluster)
+        if any(name in asked.only for name in BACKLOGS):
+            rows += backlogs(bench, asked.only)
+        for name in asked.only:
+            if name in OTHERS:
+                rows += OTHERS[name](bench, name)
+    beside = ""
+    if has_peers(asked):
+        beside = f" Quix Streams and aiokafka alone have an environment of their own: {peers_versions()}."
+    return {"stream": f"{table(HEADS, [row.cells() for row in rows])}\n\n{asked.measured(servers, PACKAGES)}{beside}"}
+
+
+def has_peers(asked: Asked) -> bool:
+    """Whether it takes the peers' environment."""
+    return any(name in asked.only for name in ("quix", "bare"))
+
+
+def versions(valkey: Valkey) -> str:
+    """What the stream runs on; said, too."""
+    with redis.Redis.from_url(f"redis://{valkey.address}") as client:
+        servers = f"Apache Kafka {kafka_version()}, {redis_version(client.info())}"
+    print(f"{machine()}; {servers}", flush=True)
+    return servers
+
+
+def main() -> int:
+    """See `benchmarks.command`."""
+    return command("stream", "Speed of the stream.", measure, rows=NAMES, runs=3)
 
 
 if __name__ == "__main__":
