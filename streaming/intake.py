@@ -284,7 +284,9 @@ class StreamIntake:
         ]
 
     def close(self) -> None:
-        """Let go of threads and connections."""
+        """Let go of threads and connections, and of what would still ask them."""
+        for task in self._tasks:
+            task.cancel()
         for steps in self._steps.values():
             steps.pools.close()
         self._looks.shutdown(wait=False, cancel_futures=True)

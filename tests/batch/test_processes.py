@@ -110,7 +110,7 @@ def test_ctrl_c_at_a_terminal_ends_all_quietly(place: Place) -> None:
         _, said = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT
     assert "Traceback" not in said
-    assert not lives(child)
+    assert wait_for(lambda: not lives(child), 5)
 
 
 def test_a_signal_ends_a_command_that_is_held_up(place: Place) -> None:

@@ -305,7 +305,7 @@ def read_online(repo: Path, keys: list[int]) -> dict[int, Features]:
 
 def served_by(store: FeatureStore, keys: list[int]) -> dict[int, Features]:
     """The same of a store that is open."""
-    (view,) = contracts(store)
+    view = contracts(store)[0]
     names = [f"{view.name}:{feature}" for feature in FEATURES]
     served: dict[int, Features] = {}
     for start in range(0, len(keys), 1000):
