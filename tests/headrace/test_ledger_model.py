@@ -445,7 +445,7 @@ def test_any_interleaving_keeps_every_offset_once(
     monkeypatch.setattr(Partition, "homes", (home / f"example-{n}" for n in itertools.count()), raising=False)
     counts.clear()
     chosen = settings(
-        max_examples=examples(200),
+        max_examples=examples(100),
         stateful_step_count=STEPS,
         deadline=None,
         suppress_health_check=list(HealthCheck),
