@@ -64,7 +64,6 @@ class Need:
 
     Attributes:
         worker_us, store_us: CPU of a worker and of the online store.
-        idle_share: of a core that a worker takes for being there.
         commands: of the online store.
         offline_bytes: appended.
         key_bytes: what a key takes in the online store.
@@ -72,7 +71,6 @@ class Need:
 
     what: str
     worker_us: float
-    idle_share: float
     store_us: float
     commands: float
     offline_bytes: float
@@ -83,7 +81,7 @@ def rows_of(need: Need) -> list[tuple[str, ...]]:
     """The plan of a kind of event: a row for each of `LOADS`; see `HEADS`."""
     rows: list[tuple[str, ...]] = []
     for rate, keys in LOADS:
-        workers = max(LEAST_WORKERS, ceil(rate * need.worker_us / 1e6 / (CORE_SHARE - need.idle_share)))
+        workers = max(LEAST_WORKERS, ceil(rate * need.worker_us / 1e6 / CORE_SHARE))
         partitions = workers * PARTITIONS_A_WORKER
         by_cpu = ceil(rate * need.store_us / 1e6 / CORE_SHARE)
         by_memory = ceil(keys * need.key_bytes / (NODE_GIB * GIB * MEMORY_SHARE))

@@ -52,7 +52,6 @@ HEADS = (
     "off by",
     "keys online",
     "steps",
-    "of workers' time",
     "CPU of the online store",
     "commands",
     "memory a key",
@@ -108,7 +107,6 @@ class Cost:
         cpu_us: of all workers together, from their being ready on.
         online_keys: keys that were written online: those that a call had, once, unless what is there was newer.
         steps: calls of the steps: a batch is decoded, written online and appended in one each.
-        worker_seconds: for which workers were there, all of them together.
         store_cpu_us, commands: of the online store, likewise.
         key_bytes: what a key takes in the online store.
         offline_bytes: appended.
@@ -120,7 +118,6 @@ class Cost:
     cpu_us: float
     online_keys: float
     steps: float
-    worker_seconds: float
     store_cpu_us: float
     commands: float
     key_bytes: float
@@ -130,23 +127,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class Model:
-    """CPU of an event: a part for itself, for each byte, for what goes online, and its shares of steps and of idling.
+    """CPU of an event: a part for each byte of it, for what goes online, and its share of the steps.
 
-    Numbers in microseconds, by least squares over the points that are given.
+    Numbers in microseconds, by least squares over the points that are given, of the shares by which it is off.
     """
 
-    event: float
     byte: float
     online_key: float
     step: float
-    worker_second: float
 
     @classmethod
     def of(cls, costs: dict[str, Cost]) -> Model:
         """The model that meets the points that are given best."""
         given = [costs[name] for name, point in POINTS.items() if point.is_given]
-        terms = np.array([cls._terms(cost) for cost in given])
-        return cls(*np.linalg.lstsq(terms, np.array([cost.cpu_us for cost in given]), rcond=None)[0].tolist())
+        terms = np.array([cls._terms(cost) for cost in given]) / np.array([[cost.cpu_us] for cost in given])
+        return cls(*np.linalg.lstsq(terms, np.ones(len(given)), rcond=None)[0].tolist())
 
     def cpu_us(self, cost: Cost) -> float:
         """What an event of such a load takes."""
@@ -154,15 +149,14 @@ class Model:
 
     def __str__(self) -> str:
         return (
-            f"CPU of the workers, µs an event = {self.event:.2f} + {self.byte:.4f} x bytes of JSON "
-            f"+ {self.online_key:.2f} x keys online + {self.step:.0f} x steps "
-            f"+ {self.worker_second / 1e6:.3f} x µs of workers' time"
+            f"CPU of the workers, µs an event = {self.byte:.4f} x bytes of JSON + {self.online_key:.2f} x keys online "
+            f"+ {self.step:,.0f} x steps"
         )
 
     @staticmethod
     def _terms(cost: Cost) -> tuple[float, ...]:
         """In the order of the fields."""
-        return 1.0, cost.event_bytes, cost.online_keys, cost.steps, cost.worker_seconds
+        return cost.event_bytes, cost.online_keys, cost.steps
 
 
 def cost_of(bench: Bench, name: str, point: Point) -> Cost:
@@ -201,7 +195,6 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
         cpu_us=(sum(one[CPU] for one in figures) - sum(ready)) / load.count * 1e6,
         online_keys=sum(one.get("headrace_online_keys_written_total", 0.0) for one in figures) / load.count,
         steps=sum(one.get("headrace_step_duration_seconds_count", 0.0) for one in figures) / load.count,
-        worker_seconds=point.workers * took_s / load.count,
         store_cpu_us=(after[0] - before[0]) / load.count * 1e6,
         commands=(after[1] - before[1]) / load.count,
         key_bytes=key_bytes,
@@ -238,11 +231,10 @@ def rows_of(model: Model, costs: dict[str, Cost]) -> list[tuple[str, ...]]:
                 f"{point.what}, {cost.event_bytes:.0f} bytes, {short(point.events)} events",
                 f"{float(f'{cost.events_a_second:.3g}'):,.0f}",
                 f"{cost.cpu_us:.2f} µs",
-                "given" if point.is_given else f"{foretold:.2f} µs",
-                "" if point.is_given else f"{off:+.0%}{'' if abs(off) <= BOUND else ' **more than 25%**'}",
+                f"{foretold:.2f} µs{', given' if point.is_given else ''}",
+                f"{off:+.0%}{'' if abs(off) <= BOUND else ' **more than 25%**'}",
                 f"{cost.online_keys:.3f}",
                 f"{cost.steps:.6f}",
-                f"{cost.worker_seconds * 1e6:.1f} µs",
                 f"{cost.store_cpu_us:.2f} µs",
                 f"{cost.commands:.4f}",
                 f"{cost.key_bytes:.0f} bytes",
@@ -259,12 +251,11 @@ def needs_of(model: Model, costs: dict[str, Cost]) -> list[Need]:
     needs = []
     for name in ("keys", "middle"):
         cost = costs[name]
-        alone = replace(cost, online_keys=1.0, steps=steps, worker_seconds=0.0)
+        alone = replace(cost, online_keys=1.0, steps=steps)
         needs.append(
             Need(
                 f"{cost.event_bytes:.0f} bytes, {len(SHAPES[POINTS[name].shape].features)} features",
                 model.cpu_us(alone),
-                model.worker_second / 1e6,
                 cost.store_cpu_us / cost.online_keys,
                 cost.commands / cost.online_keys,
                 cost.offline_bytes,
