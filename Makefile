@@ -110,10 +110,10 @@ bench-stores: setup ## the benchmark of both stores in full, into docs/explanati
 bench-batch: setup ## the benchmark of the batch chain on a real PostgreSQL in full, into docs/explanation/benchmarks.md (about 15 minutes)
 	$(PYTHON) -m benchmarks.batch --write docs/explanation/benchmarks.md
 
-bench-objects: setup ## the history in an object store beside a local folder in full, into docs/explanation/benchmarks.md (about ten minutes)
+bench-objects: setup ## the history in an object store beside a local folder in full, into docs/explanation/benchmarks.md (about five minutes)
 	$(PYTHON) -m benchmarks.objects --write docs/explanation/benchmarks.md
 
-bench-scale: setup ## what an event costs, and the model that plans larger loads by it, into docs/scale.md (about ten minutes)
+bench-scale: setup ## what an event costs, and the model that plans larger loads by it, into docs/scale.md (about six minutes)
 	$(PYTHON) -m benchmarks.scale --write docs/scale.md
 
 package: setup ## build the wheel and the source archive into dist/
