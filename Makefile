@@ -101,7 +101,7 @@ bench: setup ## the benchmarks, short: the stream, and a few rows of the stores 
 bench-stream: setup ## the benchmark of the stream and its peers in full, into docs/explanation/benchmarks.md (about 15 minutes)
 	$(PYTHON) -m benchmarks.stream --write docs/explanation/benchmarks.md
 
-bench-fleet: setup ## many workers that come and go, hot partitions, 200 views in one worker, into docs/explanation/benchmarks.md (about ten minutes)
+bench-fleet: setup ## many workers that come and go, hot partitions, 200 views in one worker, into docs/explanation/benchmarks.md (about seven minutes)
 	$(PYTHON) -m benchmarks.fleet --write docs/explanation/benchmarks.md
 
 bench-stores: setup ## the benchmark of both stores in full, into docs/explanation/benchmarks.md (about 25 minutes)
