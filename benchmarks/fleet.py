@@ -57,7 +57,7 @@ RATE = 2_000
 PULSES = 25.0
 """A second and partition: so fine is what is seen of a pause."""
 
-WARM_UP_S, CALM_S, AFTER_S, HOT_S = 10.0, 15.0, 5.0, 20.0
+WARM_UP_S, CALM_S, AFTER_S, LAST_S, HOT_S = 10.0, 15.0, 5.0, 1.0, 20.0
 HOT_RATES = (10_000, 50_000)
 HOT_SHARE = 0.8
 
@@ -208,7 +208,8 @@ def _window(bench: Bench, fleet: Fleet, what: str, act: Callable[[], None]) -> W
     fleet.settle()
     settled = time.monotonic()
     time.sleep(AFTER_S)
-    window = Window(what, begun, time.monotonic(), fleet.generation() - before)
+    # What is produced in the last moment may be served after the next change has begun.
+    window = Window(what, begun, time.monotonic() - LAST_S, fleet.generation() - before)
     bench.say(f"{what}: spread after {settled - begun:.1f} s, {window.rebalances} rebalances")
     return window
 
