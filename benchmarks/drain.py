@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import redis
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, KafkaSource, ValueType
 from feast.data_format import JsonFormat, ParquetFormat
 from feast.types import Int64
@@ -318,6 +319,18 @@ def counted(port: int) -> dict[str, float]:
         for sample in family.samples:
             found[sample.name] = found.get(sample.name, 0.0) + sample.value
     return found
+
+
+def is_spread(workers: Sequence[RunningWorker], partitions: int) -> bool:
+    """Return whether the workers have all partitions, and none more than one more than another."""
+    shares = [counted(one.port)["headrace_assigned_partitions"] for one in workers]
+    return sum(shares) == partitions and max(shares) - min(shares) <= 1
+
+
+def store_figures(client: redis.Redis) -> tuple[float, int]:
+    """CPU seconds of the online store's server, and the commands that it has processed."""
+    info: dict[str, Any] = client.info()  # type: ignore[assignment]
+    return float(info["used_cpu_user"] + info["used_cpu_sys"]), int(info["total_commands_processed"])
 
 
 def is_ready(port: int) -> bool:

@@ -32,8 +32,8 @@ from benchmarks.drain import (
     Repository,
     RunningWorker,
     compare,
-    counted,
     is_ready,
+    is_spread,
     worker,
 )
 from benchmarks.events import DRIVERS, Load, Truth
@@ -131,9 +131,7 @@ class Fleet:
         return [{one["partition"] for one in state(worker.port)["partitions"]} for worker in self.workers]
 
     def _is_spread(self) -> bool:
-        shares = [counted(one.port)["headrace_assigned_partitions"] for one in self.workers]
-        is_even = sum(shares) == self._partitions and max(shares) - min(shares) <= 1
-        return is_even and all(is_ready(one.port) for one in self.workers)
+        return is_spread(self.workers, self._partitions) and all(is_ready(one.port) for one in self.workers)
 
     def _start(self) -> None:
         end = contextlib.ExitStack()

@@ -21,6 +21,7 @@ from benchmarks.drain import (
     RunningWorker,
     counted,
     declarations,
+    store_figures,
     store_yaml,
     worker,
 )
@@ -100,11 +101,11 @@ class Costs:
         length_s = max(length_s * bench.scale, 15.0)
         memory = Memory()
         with redis.Redis.from_url(f"redis://{bench.valkey.address}") as client:
-            before = counted(one.port), statements(postgres), commands(client)
+            before = counted(one.port), statements(postgres), store_figures(client)[1]
             begun = time.perf_counter()
             time.sleep(length_s)
             took_s = time.perf_counter() - begun
-            after = counted(one.port), statements(postgres), commands(client)
+            after = counted(one.port), statements(postgres), store_figures(client)[1]
         memory.look(one.process.pid)
         return cls(
             (after[0][CPU] - before[0][CPU]) / took_s,
@@ -127,12 +128,6 @@ class Costs:
 def statements(postgres: Postgres) -> int:
     """How many statements the server was sent so far."""
     return len(re.findall(r"LOG:  (?:statement|execute)", postgres.log.read_text(errors="replace")))
-
-
-def commands(client: redis.Redis) -> int:
-    """How many commands the server has processed."""
-    info: dict[str, Any] = client.info()  # type: ignore[assignment]
-    return int(info["total_commands_processed"])
 
 
 def _loaded(

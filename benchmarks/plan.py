@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from benchmarks.measure import GIB, MILLION, short, table
+from streaming.settings import StreamSettings
 
 MONTH_HOURS = 730
 MONTH_S = MONTH_HOURS * 3600
@@ -22,8 +23,8 @@ PARTITIONS_A_WORKER = 4
 """So that a worker that leaves is shared out evenly among the others."""
 
 LEAST_WORKERS = 2
-APPEND_S = 5.0
-"""The default of HEADRACE_APPEND_SECONDS; a partition that is never still appends so often."""
+APPEND_S: float = StreamSettings.model_fields["append_seconds"].default
+"""A partition that is never still appends so often."""
 
 WRITES_AN_APPEND, READS_AN_APPEND = 1.0, 4.0
 """PUT; twice HEAD, and when it is merged twice GET. What is merged is put again by the thousand: left out."""

@@ -14,7 +14,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import Any
 
 import numpy as np
 import redis
@@ -30,6 +29,8 @@ from benchmarks.drain import (
     RunningWorker,
     compare,
     counted,
+    is_spread,
+    store_figures,
     worker,
 )
 from benchmarks.events import DRIVERS, MIDDLE, SHAPES, WIDE, truth
@@ -170,7 +171,7 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
     place = bench.place()
     repo = Repository(place / "repo", load.topic, SHAPES[load.shape], bench.valkey.address)
     with redis.Redis.from_url(f"redis://{bench.valkey.address}") as client:
-        before = _store_figures(client)
+        before = store_figures(client)
         with contextlib.ExitStack() as stack:
             logs = [place / f"worker-{number}.log" for number in range(point.workers)]
             running = [stack.enter_context(worker(bench.kafka.address, repo.folder, log)) for log in logs]
@@ -184,7 +185,7 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
                 time.sleep(LEDGER_PAUSE_S)
             took_s = time.perf_counter() - begun
             figures = [counted(one.port) for one in running]
-        after = _store_figures(client)
+        after = store_figures(client)
         key_bytes = float(np.mean([client.memory_usage(client.randomkey()) for _ in range(SAMPLES)]))
     compare(repo, load, truth(load, SAMPLES))
     appended = len(files(repo.contract))
@@ -207,16 +208,10 @@ def cost_of(bench: Bench, name: str, point: Point) -> Cost:
 
 def _wait_shared(running: Sequence[RunningWorker], partitions: int) -> None:
     """Wait until each worker has its share of the partitions."""
-    while any(counted(one.port)["headrace_assigned_partitions"] != partitions // len(running) for one in running):
+    while not is_spread(running, partitions):
         for one in running:
             one.is_in_time(START_TIMEOUT_S)
         time.sleep(LEDGER_PAUSE_S)
-
-
-def _store_figures(client: redis.Redis) -> tuple[float, float]:
-    """CPU seconds of the server, and the commands that it has processed."""
-    info: dict[str, Any] = client.info()  # type: ignore[assignment]
-    return float(info["used_cpu_user"] + info["used_cpu_sys"]), float(info["total_commands_processed"])
 
 
 def rows_of(model: Model, costs: dict[str, Cost]) -> list[tuple[str, ...]]:

@@ -502,12 +502,11 @@ def _replace(path: File, table: pa.Table) -> None:
 
 
 def _replace_objects(path: ObjectPath, table: pa.Table) -> None:
-    old = [] if path.suffix == ".parquet" else place_of(path).foreign(lambda _: False)
+    is_file = path.suffix == ".parquet"
+    old = [] if is_file else place_of(path).foreign(lambda _: False)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    objects.write(
-        path if path.suffix == ".parquet" else path / f"{uuid.uuid4().hex}.parquet", memoryview(sink.getvalue())
-    )
+    objects.write(path if is_file else path / f"{uuid.uuid4().hex}.parquet", memoryview(sink.getvalue()))
     for former in old:
         if isinstance(former, ObjectPath):
             objects.remove(former)

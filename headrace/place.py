@@ -134,7 +134,7 @@ def stat_now(file: File) -> Stat | None:
 
 def told(file: File, stat: Stat | None) -> File:
     """The file, with what is known of it."""
-    return ObjectPath(file.bucket, file.key, stat) if isinstance(file, ObjectPath) else file
+    return replace(file, told=stat) if isinstance(file, ObjectPath) else file
 
 
 def readable(file: File) -> Any:
@@ -321,8 +321,7 @@ class ObjectPlace:
     def file(self, name: str) -> ObjectPath:
         """See `Place`."""
         stat = next((listed[name] for listed in reversed(self._told) if name in listed), None)
-        path = self._prefix / name
-        return ObjectPath(path.bucket, path.key, stat)
+        return replace(self._prefix / name, told=stat)
 
     def names(self, prefix: str = "", after: str = "") -> list[str]:
         """See `Place`. One request for each thousand objects from where it begins."""

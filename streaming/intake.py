@@ -176,8 +176,7 @@ class StreamIntake:
         if assignment != self._assignment:
             return {}
         self._generation, self._partitions = generation, partitions
-        starts = await asyncio.gather(*(self._begin_in_time(partition, assignment) for partition in sorted(partitions)))
-        found = dict(zip(sorted(partitions), starts, strict=True))
+        found = await self._begin_all(partitions, assignment)
         if assignment == self._assignment and found.keys() == self._runs.keys():
             where = {p: "held" if start is None else f"from {start}" for p, start in found.items()}
             logger.info(
@@ -208,8 +207,7 @@ class StreamIntake:
         if assignment != self._assignment:
             return  # the assignment that came meanwhile begins with them
         self._generation = generation
-        starts = await asyncio.gather(*(self._begin_in_time(partition, assignment) for partition in sorted(partitions)))
-        for partition, start in zip(sorted(partitions), starts, strict=True):
+        for partition, start in (await self._begin_all(partitions, assignment)).items():
             if start is not None and assignment == self._assignment:
                 await self._consumer.move(partition, start)
 
@@ -351,6 +349,12 @@ class StreamIntake:
             if run.lanes:
                 self._committed[partition] = min(lane.end for lane in run.lanes)
         return assignment
+
+    async def _begin_all(self, partitions: set[TopicPartition], assignment: int) -> dict[TopicPartition, int | None]:
+        """Where each partition begins, in order; None for one that cannot yet."""
+        ordered = sorted(partitions)
+        starts = await asyncio.gather(*(self._begin_in_time(partition, assignment) for partition in ordered))
+        return dict(zip(ordered, starts, strict=True))
 
     async def _begin_in_time(self, partition: TopicPartition, assignment: int) -> int | None:
         """Begin a partition; None if it is held, for good or until it can begin."""
