@@ -267,10 +267,11 @@ def _converted(column: pa.Array, target: pa.DataType, dtype: FeastType) -> tuple
     if not _may_cast(column.type, target):
         return pa.nulls(len(column), target), _to_mask(column.is_valid())
     result = _cast_or_null(column, target)
-    bad = _to_mask(pc.and_(column.is_valid(), result.is_null()))
+    is_whole = result.null_count == column.null_count
+    bad = none if is_whole else _to_mask(pc.and_(column.is_valid(), result.is_null()))
     if pa.types.is_floating(target) and pa.types.is_floating(column.type):
         # A finite double that becomes an infinite float has not been stored but lost.
-        bad |= _to_mask(pc.and_(pc.is_finite(column), pc.invert(pc.is_finite(result))).fill_null(False))
+        bad = bad | np.isfinite(_as_numbers(column)) & ~np.isfinite(_as_numbers(result))
     return result, bad
 
 
@@ -353,12 +354,16 @@ def _timestamps(column: pa.Array) -> tuple[pa.Array, Mask]:
         moments, bad = parse_timestamps(column.cast(pa.string()))
     else:
         return pa.nulls(len(column), TIMESTAMP), _to_mask(column.is_valid())
-    within = pc.and_(pc.greater_equal(moments, _EARLIEST), pc.less_equal(moments, _LATEST))
+    microseconds = moments.view(pa.int64())
+    extremes = pc.min_max(microseconds).as_py()
+    if extremes["min"] is None or (extremes["min"] >= _EARLIEST_US and extremes["max"] <= _LATEST_US):
+        return moments, bad
+    within = pc.and_(pc.greater_equal(microseconds, _EARLIEST_US), pc.less_equal(microseconds, _LATEST_US))
     return moments, bad | ~_to_mask(within.fill_null(True))
 
 
-_EARLIEST = pa.scalar(datetime(1, 1, 1, tzinfo=UTC), TIMESTAMP)
-_LATEST = pa.scalar(datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC), TIMESTAMP)
+_EARLIEST_US = pa.scalar(datetime(1, 1, 1, tzinfo=UTC), TIMESTAMP).value
+_LATEST_US = pa.scalar(datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC), TIMESTAMP).value
 
 
 def _may_cast(source: pa.DataType, target: pa.DataType) -> bool:
@@ -422,30 +427,26 @@ def broken(column: pa.Array, rule: Rule) -> Mask | None:
 
     A null breaks none, NaN every bound.
     """
-    good = None
-    for bound, compare in (
-        (rule.ge, pc.greater_equal),
-        (rule.le, pc.less_equal),
-        (rule.gt, pc.greater),
-        (rule.lt, pc.less),
-    ):
-        if bound is not None:
-            satisfied = compare(column, pa.scalar(bound, pa.float64()))
-            good = satisfied if good is None else pc.and_(good, satisfied)
+    limits = ((rule.ge, np.greater_equal), (rule.le, np.less_equal), (rule.gt, np.greater), (rule.lt, np.less))
+    bounds = [(bound, satisfies) for bound, satisfies in limits if bound is not None]
+    bad: Mask | None = None
+    if bounds:
+        numbers = _as_numbers(column)
+        bad = ~np.logical_and.reduce([satisfies(numbers, bound) for bound, satisfies in bounds])
     if rule.isin is not None:
-        member = pc.is_in(column.cast(pa.string()), pa.array(rule.isin, pa.string()))
-        member = pc.if_else(column.is_valid(), member, True)
-        good = member if good is None else pc.and_kleene(good, member)
-    return None if good is None else _to_mask(pc.invert(good).fill_null(False))
+        foreign = ~_to_mask(pc.is_in(column.cast(pa.string()), pa.array(rule.isin, pa.string())))
+        bad = foreign if bad is None else bad | foreign
+    return bad if bad is None or column.null_count == 0 else bad & _to_mask(column.is_valid())
 
 
 def _check_future(
     contract: ViewContract, columns: list[pa.Array], now_us: int, max_future_us: int, faults: _Faults
 ) -> None:
     times = columns[contract.schema.get_field_index(contract.timestamp_field)]
-    latest = pa.scalar(now_us + max_future_us, pa.int64()).cast(TIMESTAMP)
-    bad = _to_mask(pc.greater(times, latest).fill_null(False))
-    if bad.any():
+    microseconds, bound_us = times.view(pa.int64()), now_us + max_future_us
+    latest_us = pc.max(microseconds).as_py()
+    if latest_us is not None and latest_us > bound_us:
+        bad = _to_mask(pc.greater(microseconds, bound_us).fill_null(False))
         faults.add(
             bad,
             Reason.FUTURE_EVENT,
@@ -476,6 +477,12 @@ def _is_nested(kind: pa.DataType) -> bool:
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _as_numbers(column: pa.Array) -> npt.NDArray[np.float64]:
+    """Numbers of any type as `float64`; NaN for null."""
+    numbers: npt.NDArray[np.float64] = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    return numbers
 
 
 def _to_mask(values: pa.Array) -> Mask:

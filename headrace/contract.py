@@ -11,6 +11,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -191,13 +192,20 @@ class ViewContract:
 
     def dtype(self, column: str) -> FeastType:
         """The Feast type of a join key or feature."""
-        name = self.view_name(column)
-        fields = (*self.feature_view.features, *self.feature_view.entity_columns)
-        return next(field.dtype for field in fields if field.name == name)
+        return self._dtypes[self.view_name(column)]
 
     def rule(self, column: str) -> Rule:
         """The rule of a column; an empty one where none is declared."""
-        return next((rule for rule in self.rules if rule.column == column), Rule(column))
+        return self._rules.get(column) or Rule(column)
+
+    @cached_property
+    def _dtypes(self) -> Mapping[str, FeastType]:
+        """By the name in the view. Each batch asks for each column."""
+        return {field.name: field.dtype for field in (*self.feature_view.entity_columns, *self.feature_view.features)}
+
+    @cached_property
+    def _rules(self) -> Mapping[str, Rule]:
+        return {rule.column: rule for rule in self.rules}
 
 
 def directory_of(source: FileSource, config: RepoConfig) -> File:

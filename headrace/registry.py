@@ -10,7 +10,7 @@ command says errors of ours in one line from then on.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,14 +27,22 @@ def absolute_url(url: str, repo_path: Path) -> str:
 
     Pure but for the folder. Idempotent.
     """
+    absolute, folder = _resolved(url, repo_path)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return absolute
+
+
+@lru_cache
+def _resolved(url: str, repo_path: Path) -> tuple[str, Path | None]:
+    """The URL, and its file's folder if it has one. Feast asks at each write."""
     if not url.startswith("sqlite"):
-        return url
+        return url, None
     parsed = make_url(url)
     if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
-        return url
+        return url, None
     path = (repo_path / parsed.database).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return parsed.set(database=str(path)).render_as_string(hide_password=False)
+    return parsed.set(database=str(path)).render_as_string(hide_password=False), path.parent
 
 
 def install() -> None:

@@ -27,6 +27,7 @@ def __getattr__(name: str) -> Any:
     if name != "app":
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
+    import os
     import sys
 
     from headrace.errors import HeadraceError
@@ -36,7 +37,9 @@ def __getattr__(name: str) -> Any:
     if "worker" in sys.argv:  # Faust reads the command line later, and the imports below take seconds
         leave_on_signals()
     leave_feast_unchecked()
-    # The Prometheus client turns to multiprocess files if Feast is imported before it.
+    # The Prometheus client turns to files, as for a server of many processes, if it is told to, which Feast does where
+    # it is imported first: here, and in a process that starts this one.
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     from streaming import health  # noqa: F401
     from streaming.worker import create_app
 

@@ -37,7 +37,8 @@ from streaming.lane import Budget, Lane, StoreDownError, TopicReplacedError, rep
 from streaming.settings import StreamConfig, View, schema_registry
 from streaming.share import DeadLetterShareError, LetterShare
 from streaming.slices import Position, Slice, TopicPartition
-from streaming.stores import Pools, RealStores
+from streaming.stores import RealStores
+from streaming.threads import Pools
 from streaming.view_steps import ViewSteps
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from headrace.errors import ConfigError, HeadraceError
 from headrace.online import unapplied
 from streaming.health import Fault, Health, Kind
 from streaming.settings import StreamConfig, View, check_formats, schema_registry
-from streaming.stores import Thread
+from streaming.threads import Crew, Thread
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class Renewal:
         self._config = config
         self._health = health
         self._serving = serving
-        self._thread = Thread("headrace-registry")  # a registry that hangs holds up nothing else
+        self._thread = Thread(Crew("headrace-registry"))  # a registry that hangs holds up nothing else
         self._known: tuple[str | None, dict[str, View], Declared] | None = None
         self._refused: Mapping[str, str] = {}
         self._waiting: tuple[str, ...] = ()

@@ -1,12 +1,10 @@
-"""The blocking calls of the stream: to the stores and the broker, and the threads they are made in."""
+"""The blocking calls of the stream: to the stores and the broker."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +22,6 @@ from streaming.settings import StreamConfig, View
 
 SERVERS_AGE_S = 5.0
 """How old the ids of the online servers may be. Old ones are safe: they differ if the store has forgotten since."""
-
-
-COMPUTING = 4
-"""The threads in which all views decode that need not wait for anything."""
 
 
 class Stores(Protocol):
@@ -50,70 +44,6 @@ class Stores(Protocol):
 
     def topic_id(self, topic: str, not_before_s: float) -> str | None:
         """The topic's id, as heard after a moment of the monotonic clock."""
-
-
-class Thread(ThreadPoolExecutor):
-    """One thread, started when it is needed, that tells how long its present call takes."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(1, name)
-        self._begun_s: float | None = None
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """See `Executor`."""
-        return super().submit(self._call, fn, *args, **kwargs)
-
-    @property
-    def busy_s(self) -> float:
-        """Since when it makes the call that it makes now, in seconds; 0: it makes none. From any thread."""
-        begun_s = self._begun_s
-        return 0.0 if begun_s is None else time.monotonic() - begun_s
-
-    def _call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        self._begun_s = time.monotonic()
-        try:
-            return fn(*args, **kwargs)
-        finally:
-            self._begun_s = None
-
-
-@dataclass(frozen=True)
-class Pools:
-    """The threads of a view: one a kind of work, so that each store sees one caller.
-
-    Attributes:
-        decode, offline: the view's own: a schema registry or a folder that hangs holds up no other view.
-        letters, online: shared by all views, as are the producer and the store.
-        compute: for decoding that waits for nothing; shared by some views. A thread each would, of many views, keep
-            the event loop waiting for its turn, and the memory that a thread keeps.
-    """
-
-    decode: Thread
-    letters: Thread
-    online: Thread
-    offline: Thread
-    compute: Thread
-
-    @classmethod
-    def of(cls, views: Iterable[str]) -> dict[str, Pools]:
-        """The threads of some views, none of them started yet."""
-        letters, online = Thread("headrace-letters"), Thread("headrace-online")
-        compute = [Thread(f"headrace-compute-{number}") for number in range(COMPUTING)]
-        return {
-            view: cls(
-                decode=Thread(f"headrace-decode-{view}"),
-                letters=letters,
-                online=online,
-                offline=Thread(f"headrace-offline-{view}"),
-                compute=compute[number % COMPUTING],
-            )
-            for number, view in enumerate(views)
-        }
-
-    def close(self) -> None:
-        """Begin no more work."""
-        for pool in (self.decode, self.letters, self.online, self.offline, self.compute):
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class RealStores:

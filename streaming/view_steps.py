@@ -15,7 +15,8 @@ from streaming.health import ONLINE, Health
 from streaming.judgement import Judged, judge
 from streaming.settings import StreamSettings, View
 from streaming.share import LetterShare
-from streaming.stores import Pools, Stores, Thread
+from streaming.stores import Stores
+from streaming.threads import Pools, Thread
 
 Result = TypeVar("Result")
 

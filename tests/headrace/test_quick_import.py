@@ -41,6 +41,20 @@ def test_only_processes_of_ours_leave_feast_unchecked(program: str, is_checked: 
     assert done.stdout.split()[-2:] == ["True", str(is_checked)]
 
 
+def test_a_worker_keeps_its_metrics_in_memory(tmp_path: Path) -> None:
+    """Whatever whoever started it has set, or imported: Feast sets it for its own servers, of many processes."""
+    told = "\nfrom prometheus_client import values\nprint(values.ValueClass.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{PROGRAMS['faust']}{told}"],
+        env={**environment(), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split()[-1] == "MutexValue"
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_others_check_is_still_checked(tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text(
         "from typeguard import typechecked\n@typechecked\ndef length(text: str) -> int:\n    return len(text)\n",

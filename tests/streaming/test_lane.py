@@ -27,7 +27,7 @@ from streaming.lane import Budget, Lane, StoreDownError, TopicReplacedError
 from streaming.settings import StreamSettings, View
 from streaming.share import LetterShare
 from streaming.slices import Position, Record, Slice, TopicPartition, Unread
-from streaming.stores import Pools, Thread
+from streaming.threads import Pools
 from streaming.view_steps import ViewSteps
 from tests.streaming.test_decode import VIEW, changed
 
@@ -119,7 +119,7 @@ class Bench:
         self.budget = Budget(1_000_000)
         self.ledger = StreamLedger(self.view.contract, *PARTITION)
         self.faults: list[BaseException] = []
-        self.pools = Pools(*(Thread(name) for name in ("decode", "letters", "online", "offline", "compute")))
+        self.pools = Pools.of(["the view"])["the view"]
         decoder = JsonDecoder(self.view.contract)
         self.steps = ViewSteps(self.view, decoder, self.stores, self.pools, self.health, self.settings, self.share)
 

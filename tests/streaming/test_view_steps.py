@@ -15,7 +15,7 @@ from headrace.errors import TransientError
 from streaming.batches import Batch, Fetched
 from streaming.decode import Decoded, JsonDecoder
 from streaming.slices import Slice, TopicPartition
-from streaming.stores import COMPUTING, Pools
+from streaming.threads import Pools
 from streaming.view_steps import ViewSteps
 from tests.streaming.test_decode import changed
 from tests.streaming.test_lane import Bench, Fake
@@ -105,7 +105,7 @@ def test_what_cannot_be_judged_now_holds_up_its_own_partition_alone(tmp_path: Pa
 
 def test_many_views_share_the_threads_in_which_nothing_waits(tmp_path: Path) -> None:
     pools = list(Pools.of(f"view-{number}" for number in range(200)).values())
-    assert len({pool.compute for pool in pools}) == COMPUTING
+    assert len({pool.compute for pool in pools}) == 1
     assert len({pool.decode for pool in pools}) == len(pools)
     bench = Bench(tmp_path)
     common = (bench.view, JsonDecoder(bench.view.contract), bench.stores, bench.pools, bench.health, bench.settings)
