@@ -133,7 +133,7 @@ class StreamIntake:
         self._runs: dict[TopicPartition, Run] = {}
         self._committed: dict[TopicPartition, int] = {}
         served = self.views
-        pools = Pools.of(served)
+        pools = Pools.of(served.values())
         self._steps = {
             name: self._steps_of(view, pools[name], LetterShare(name, config.settings)) for name, view in served.items()
         }

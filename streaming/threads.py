@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-AT_ONCE = 4
-"""How many appends are made at once, and how many decodings that may have to wait, but for long ones."""
+from headrace.objects import ObjectPath
+from streaming.settings import View
 
-LONG_S = 0.1
+LONG_S = 0.03
 """For a call that takes longer another thread comes in."""
+
+REQUESTS_AT_ONCE = 16
+"""Appends to an object store: they wait for answers, and for Python's lock hardly ever."""
 
 _NO_BOUND = 1_000_000
 
@@ -157,11 +160,16 @@ class Pools:
     compute: Thread
 
     @classmethod
-    def of(cls, views: Iterable[str]) -> dict[str, Pools]:
+    def of(cls, views: Iterable[View]) -> dict[str, Pools]:
         """The threads of some views, by name, none of them started yet."""
         letters, online, compute = (Thread(Crew(f"headrace-{what}")) for what in ("letters", "online", "compute"))
-        asking, appending = Crew("headrace-decode", AT_ONCE), Crew("headrace-offline", AT_ONCE)
-        return {view: cls(Thread(asking), letters, online, Thread(appending), compute) for view in views}
+        decoding, files = Crew("headrace-decode"), Crew("headrace-offline")
+        objects = Crew("headrace-objects", REQUESTS_AT_ONCE)
+        found = {}
+        for view in views:
+            appending = objects if isinstance(view.contract.directory, ObjectPath) else files
+            found[view.contract.name] = cls(Thread(decoding), letters, online, Thread(appending), compute)
+        return found
 
     def close(self) -> None:
         """Begin no more work, of whatever view."""

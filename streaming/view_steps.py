@@ -67,9 +67,13 @@ class ViewSteps:
         """Records to columns. Pure but for the clock, the counts, and what a schema registry says."""
         return self._decoding.ask(fetched)
 
-    def write_online(self, batch: Batch) -> Awaitable[None]:
-        """Newest wins."""
-        return self._writing.ask(batch)
+    def write_online(self, batch: Batch, begun: Callable[[], None] = lambda: None) -> Awaitable[None]:
+        """Newest wins.
+
+        Args:
+            begun: called when the store is being asked.
+        """
+        return self._writing.ask(batch, begun)
 
     def _decode(self, fetched: Sequence[Fetched]) -> list[Batch]:
         values = [record.value for one in fetched for record in one.records]

@@ -83,6 +83,32 @@ def test_what_waits_goes_together_and_in_order() -> None:
     assert calls == [[1, 2], [3, 5, 6]]
 
 
+def test_what_comes_while_others_have_the_thread_goes_along() -> None:
+    calls: list[list[int]] = []
+    free = threading.Event()
+    begun: list[int] = []
+
+    def call(requests: Sequence[int]) -> list[int]:
+        calls.append(list(requests))
+        return list(requests)
+
+    async def scenario(pool: ThreadPoolExecutor) -> None:
+        coalescer = Coalescer(pool, call, lambda _: 1, 3)
+        pool.submit(free.wait, 10)
+        asked = []
+        for number in (1, 2, 3, 4):
+            asked.append(coalescer.ask(number, lambda number=number: begun.append(number)))  # type: ignore[misc]
+            await asyncio.sleep(0.02)
+        assert begun == []
+        free.set()
+        assert await asyncio.gather(*asked) == [1, 2, 3, 4]
+
+    with ThreadPoolExecutor(1) as pool:
+        asyncio.run(scenario(pool))
+    assert calls == [[1, 2, 3], [4]]
+    assert begun == [1, 2, 3, 4]
+
+
 def test_the_end_of_the_loop_takes_back_what_waits() -> None:
     calls: list[list[int]] = []
 

@@ -119,9 +119,16 @@ class Bench:
         self.budget = Budget(1_000_000)
         self.ledger = StreamLedger(self.view.contract, *PARTITION)
         self.faults: list[BaseException] = []
-        self.pools = Pools.of(["the view"])["the view"]
+        self.pools = Pools.of([self.view])[self.view.contract.name]
         decoder = JsonDecoder(self.view.contract)
         self.steps = ViewSteps(self.view, decoder, self.stores, self.pools, self.health, self.settings, self.share)
+
+    def steps_of(self, step: str) -> tuple[float, float]:
+        """How many batches went through a step, and how many rows."""
+        labels = {"view": self.view.contract.name, "step": step}
+        name, metrics = "headrace_step_batch_rows", self.health.registry
+        count, rows = (metrics.get_sample_value(f"{name}_{what}", labels) for what in ("count", "sum"))
+        return count or 0.0, rows or 0.0
 
     def lane(self, partition: TopicPartition = PARTITION) -> Lane:
         ledger = StreamLedger(self.view.contract, *partition)
@@ -502,5 +509,32 @@ def test_on_a_backlog_a_batch_waits_for_more(tmp_path: Path, monkeypatch: pytest
         await until(lambda: lane.end == 40)
         assert sum(taken) == 2
         await lane.finish(5)
+
+    asyncio.run(scenario())
+
+
+def test_what_comes_while_the_online_thread_has_others_to_serve_is_decoded_together(tmp_path: Path) -> None:
+    """Each batch costs every step: the next is not made while the one before waits for its turn."""
+
+    async def scenario() -> None:
+        bench = Bench(tmp_path)
+        free = threading.Event()
+        others = bench.pools.online.submit(free.wait, 10)
+        try:
+            lane = bench.lane()
+            lane.put(piece(0, 1, [Fake(0, changed(id=0))]))
+            await until(lambda: bench.steps_of("decode") == (1, 1))
+            for first in range(1, 6):
+                lane.put(piece(first, first + 1, [Fake(first, changed(id=first))]))
+                await asyncio.sleep(0.01)
+            assert bench.steps_of("decode") == (1, 1)
+        finally:
+            free.set()
+        assert others.result(10)
+        await until(lambda: bench.steps_of("online") == (2, 6))
+        assert bench.steps_of("decode") == (2, 6)
+        await lane.finish(5)
+        assert bench.stores.online == {number: number for number in range(6)}
+        assert lane.end == 6
 
     asyncio.run(scenario())

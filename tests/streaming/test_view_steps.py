@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.errors import TransientError
+from headrace.objects import ObjectPath
 from streaming.batches import Batch, Fetched
 from streaming.decode import Decoded, JsonDecoder
 from streaming.slices import Slice, TopicPartition
@@ -104,10 +106,18 @@ def test_what_cannot_be_judged_now_holds_up_its_own_partition_alone(tmp_path: Pa
 
 
 def test_many_views_share_the_threads_in_which_nothing_waits(tmp_path: Path) -> None:
-    pools = list(Pools.of(f"view-{number}" for number in range(200)).values())
-    assert len({pool.compute for pool in pools}) == 1
-    assert len({pool.decode for pool in pools}) == len(pools)
     bench = Bench(tmp_path)
+    directories = [tmp_path, ObjectPath.parse("s3://bucket/prefix")] * 100
+    contracts = [
+        replace(bench.view.contract, name=str(number), directory=directory)
+        for number, directory in enumerate(directories)
+    ]
+    pools = list(Pools.of(replace(bench.view, contract=contract) for contract in contracts).values())
+    assert len({pool.compute for pool in pools}) == 1
+    for own in ([pool.decode for pool in pools], [pool.offline for pool in pools]):
+        assert len(set(own)) == len(pools)
+    assert len({pool.decode.crew for pool in pools}) == 1
+    assert len({pool.offline.crew for pool in pools}) == 2
     common = (bench.view, JsonDecoder(bench.view.contract), bench.stores, bench.pools, bench.health, bench.settings)
     patient, quick = (ViewSteps(*common, bench.share, may_wait=may_wait) for may_wait in (True, False))
     assert patient.thread_of("decode") is bench.pools.decode
