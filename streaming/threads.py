@@ -61,13 +61,12 @@ class Crew:
             self._begin()
 
     def close(self) -> None:
-        """Make no more calls. Idempotent."""
+        """Begin no more calls. Idempotent."""
         with self._lock:
             self._is_closed = True
             for caller in (*self._ready, *self._at_work):
                 for future, _ in caller.calls:
                     future.cancel()
-                caller.calls.clear()
             self._ready.clear()
         self._pool.shutdown(wait=False)
 
@@ -93,7 +92,7 @@ class Crew:
             caller.make_call()
             with self._lock:
                 self._at_work.remove(caller)
-                if caller.calls:
+                if caller.calls and not self._is_closed:
                     self._ready.append(caller)
                 caller = self._next()
                 self._begin()
