@@ -13,14 +13,14 @@ EVERY = int(os.environ.get("HEADRACE_TEST_KILL_EVERY", "0"))
 """Which of the steps: each n-th; 0 for a few."""
 
 FEW = {
-    "Materialize": 101,
-    "Backfill": 101,
-    "Backfill by force": 107,
-    "Compact": 43,
-    "Compact of the work folder": 29,
-    "Audit": 43,
-    "Repair": 47,
-    "Retain": 89,
+    "Materialize": 67,
+    "Backfill": 67,
+    "Backfill by force": 71,
+    "Compact": 29,
+    "Compact of the work folder": 17,
+    "Audit": 29,
+    "Repair": 31,
+    "Retain": 61,
 }
 
 
