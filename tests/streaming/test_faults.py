@@ -294,6 +294,7 @@ def test_transactions(stream: Stream, tmp_path: Path) -> None:
                 "created": None,
             }
             producer.produce(stream.topic, json.dumps(event).encode(), key=str(index).encode())
+        assert producer.flush(10) == 0  # else what is aborted might not have come to the log
         (producer.abort_transaction if number % 3 == 1 else producer.commit_transaction)(10)
     with Worker(stream.environment, tmp_path / "log") as worker:
         worker.start().wait_ready()
