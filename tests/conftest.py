@@ -19,6 +19,7 @@ for variable in ("PROMETHEUS_MULTIPROCESS_DIR", "PROMETHEUS_MULTIPROC_DIR"):
 
 import prometheus_client  # noqa: E402, F401
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from tests.reporting import tables  # noqa: E402
 from tests.servers import (  # noqa: E402
@@ -34,6 +35,10 @@ from tests.servers import (  # noqa: E402
     feast_apply,
     use_valkey,
 )
+
+# How long an example takes says something of the machine.
+settings.register_profile("headrace", deadline=None)
+settings.load_profile("headrace")
 
 REQUIRE_ALL = os.environ.get("HEADRACE_REQUIRE_ALL") == "1"
 
