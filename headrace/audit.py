@@ -159,8 +159,8 @@ class Cut:
         streams = {name: parse_stream_chain(name) for name in self.holdings.chains}
         self._ends = {at[1:]: self.holdings.chains[name] for name, at in streams.items() if at is not None}
         # What the stream appended is online already, whatever the mark says of it.
-        waiting = [*arrived.days, *arrived.files, *(name for name in arrived.chains if streams[name] is None)]
-        self._pending = [path for name in waiting for path in self.holdings.paths[name]]
+        streamed = {path for name, at in streams.items() if at is not None for path in self.holdings.paths[name]}
+        self._pending = [path for path in arrived.paths if path not in streamed]
         self._horizon_us = horizon_us(contract)
         ttl_s = getattr(store.config.online_store, "key_ttl_seconds", None)
         expires = self.at - timedelta(seconds=ttl_s) if ttl_s else None

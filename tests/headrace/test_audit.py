@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import redis
 from feast import FeatureStore, FeatureView
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from headrace import faults, scan
@@ -114,6 +114,16 @@ def test_what_no_materialize_applied_yet_is_pending(place: tuple[FeatureStore, V
     assert faults_of(audit(store, contract)) == {Kind.PENDING: 2}
     materialize_arrived(store, contract)
     assert audit(store, contract).counts == {Kind.EQUAL: 3}
+
+    # What another push waits for explains nothing of what an earlier one brought.
+    push(contract, rows(contract, [row(4, 20, 2.0)]))
+    (stored,) = [encode(contract, rows(contract, [row(3, 20, 2.0)]))]
+    target: NewestWinsStore = online_store(store)
+    seen = target.read_stored(store.config, contract.feature_view, stored.keys)
+    assert target.replace_exact(store.config, contract.feature_view, seen, None) == [True]
+    assert faults_of(audit(store, contract)) == {Kind.PENDING: 1, Kind.MISSING: 1}
+    assert repair(store, contract).mended == {Kind.MISSING: 1}
+    assert audit(store, contract).counts == {Kind.EQUAL: 4}
 
 
 def test_a_value_changed_in_place_is_different_and_mended(
@@ -240,6 +250,7 @@ ACTIONS = st.lists(st.tuples(st.sampled_from("sswpdxlomr"), st.integers(0, 4), s
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(actions=ACTIONS, seed=st.integers(0, 2**16))
+@example(actions=[("p", 1, 0), ("m", 0, 0), ("p", 0, 0), ("x", 1, 0)], seed=0)
 def test_after_any_history_repair_leaves_the_newest_of_offline(
     place: tuple[FeatureStore, ViewContract], actions: list[tuple[str, int, int]], seed: int
 ) -> None:
