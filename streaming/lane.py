@@ -47,6 +47,7 @@ HOPELESS_S = 1.0
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
+WAITING_BATCHES = 2
 
 BACKLOG_WAIT_S = 0.05
 """How long a batch waits for more records when there are plenty."""
@@ -180,7 +181,7 @@ class Lane:
         self._failing_since_s: dict[str, float] = {}
         self._unappended: list[Batch] = []
         self._inbox: asyncio.Queue[Slice | None] = asyncio.Queue()
-        self._decoded: asyncio.Queue[Batch | None] = asyncio.Queue()
+        self._decoded: asyncio.Queue[Batch | None] = asyncio.Queue(WAITING_BATCHES)
         self._may_decode = asyncio.Event()
         self._may_decode.set()
         self._online: asyncio.Queue[Batch | None] = asyncio.Queue()
@@ -265,7 +266,7 @@ class Lane:
 
     async def _decode_step(self) -> None:
         while True:
-            # Not before the last is being written online: what comes meanwhile is decoded together.
+            # Behind a batch that is not full, not before it is being written: what comes meanwhile is decoded together.
             await self._may_decode.wait()
             pieces, is_last = await self._gathered()
             if pieces:
@@ -281,10 +282,11 @@ class Lane:
                     writing = partial(self._stores.write_letters, batch.letters)
                     await self._insist("dead_letters", self._timed("dead_letters", writing, len(batch.letters)))
                 batch.letters = []
-                self._may_decode.clear()
-                self._decoded.put_nowait(batch)
+                if len(records) < self._settings.slice_records:
+                    self._may_decode.clear()
+                await self._decoded.put(batch)
             if is_last:
-                self._decoded.put_nowait(None)
+                await self._decoded.put(None)
                 return
 
     async def _gathered(self) -> tuple[list[Slice], bool]:
@@ -310,24 +312,33 @@ class Lane:
         return pieces, piece is None
 
     async def _online_step(self) -> None:
-        while True:
+        is_last = False
+        while not is_last:
             try:
                 async with asyncio.timeout(SERVERS_AGE_S):
                     batch = await self._decoded.get()
             except TimeoutError:
                 await self._look_at_servers()
                 continue
-            if batch is None:
-                break
-            await self._look_at_servers()
-            batch.servers = self._servers
-            self._unappended.append(batch)
-            if batch.table.num_rows:
-                await self._insist("online", partial(self._steps.write_online, batch, self._go_on_decoding))
-            else:
-                self._go_on_decoding()
-            self.waiting.done(ONLINE, batch.next)
-            self._online.put_nowait(batch)
+            waiting: list[Batch] = []
+            is_last = batch is None
+            while batch is not None:
+                waiting.append(batch)
+                if self._decoded.empty():
+                    break
+                batch = self._decoded.get_nowait()
+                is_last = batch is None
+            if waiting:
+                await self._look_at_servers()
+                merged = Batch.merge(waiting)
+                merged.servers = self._servers
+                self._unappended.append(merged)
+                if merged.table.num_rows:
+                    await self._insist("online", partial(self._steps.write_online, merged, self._go_on_decoding))
+                else:
+                    self._go_on_decoding()
+                self.waiting.done(ONLINE, merged.next)
+                self._online.put_nowait(merged)
         self._online.put_nowait(None)
 
     def _go_on_decoding(self) -> None:
