@@ -117,7 +117,7 @@ def test_what_no_materialize_applied_yet_is_pending(place: tuple[FeatureStore, V
 
     # What another push waits for explains nothing of what an earlier one brought.
     push(contract, rows(contract, [row(4, 20, 2.0)]))
-    (stored,) = [encode(contract, rows(contract, [row(3, 20, 2.0)]))]
+    stored = encode(contract, rows(contract, [row(3, 20, 2.0)]))
     target: NewestWinsStore = online_store(store)
     seen = target.read_stored(store.config, contract.feature_view, stored.keys)
     assert target.replace_exact(store.config, contract.feature_view, seen, None) == [True]

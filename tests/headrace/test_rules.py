@@ -169,3 +169,9 @@ def test_the_stream_keeps_it_too(tmp_path: Path) -> None:
     judged = judge(one, decoder_of(contract, None), [json.dumps({**GOOD, "rate": 7}).encode()], 300)
     assert judged.rejects == []
     assert judged.table.column("rate").to_pylist() == [7.0]
+
+
+def test_bounds_hold_for_integers_that_no_float_has() -> None:
+    bad = broken(pa.array([-(2**63), 2**53 + 1, 2**63 - 1, None], pa.int64()), Rule("trips", ge=0.0, le=2.0**62))
+    assert bad is not None
+    assert bad.tolist() == [True, False, True, False]
